@@ -1,0 +1,174 @@
+// The plain structs that kernels take: pointers with their shapes, no torch, no allocation.
+//
+// One idea runs through all of them. Whatever attention a batch needs is a list of work rows,
+//     row = (query tokens that want the same keys)  ->  the list of KV pages they read,
+// cut along the keys into tiles, a contiguous run of tiles for each CTA. Decode, prefill over a cached prefix, shared
+// prefixes and page-sparse attention differ only in how the planner makes the rows.
+#pragma once
+
+#include <cstdint>
+
+namespace flashcore {
+
+enum class DType : int32_t { bf16 = 0, fp16 = 1, fp32 = 2 };
+
+// Splits along the keys fall on multiples of this many keys, counted from the start of the row.
+constexpr int kSplitUnit = 64;
+
+// Query tokens that want the same keys. The `group` query heads of a KV head are packed beside the tokens:
+// packed query m = token_in_row * group + head_in_group.
+struct Row {
+  int32_t q_begin;      // first query token, or offset into row_tokens when kPacked
+  int32_t q_count;      // query tokens, at most rows_per_tile / group
+  int32_t flags;        // kPacked, kSole
+  int32_t page_begin;   // offset into kv_indices of the row's first page
+  int32_t head_stride;  // pages from one KV head's list to the next one's; 0: all heads read the same list
+  int32_t kv_len;       // keys
+  int32_t kv_pos;       // position in the sequence of the first key, for the masks
+  int32_t request;      // the (lowest) request of the row, for people who debug
+};
+constexpr int32_t kPacked = 1;  // tokens come from row_tokens: requests that share pages
+constexpr int32_t kSole = 2;    // every token of the row is in no other row
+
+// Keys [kv_begin, kv_end) of one row for one KV head.
+struct Tile {
+  int32_t pair;      // row * num_kv_heads + kv_head
+  int32_t kv_begin;  // multiple of kSplitUnit
+  int32_t kv_end;
+  int32_t partial;  // first of q_count * group rows of partial_o / partial_lse, or -1: write out and lse directly
+};
+
+// Slots of Plan::counts.
+enum Count : int32_t {
+  kNumRows = 0,
+  kNumTiles = 1,
+  kNumPartials = 2,
+  kPagesRead = 3,   // pages of all rows, what one KV head reads
+  kPagesDense = 4,  // pages the requests hold: what reading every request by itself would read
+  kRowsPacked = 5,
+  kOverflow = 6,  // 1: a capacity was exceeded and the plan is not usable
+  kNumCounts = 8
+};
+
+// A batch's work, in fixed-capacity device buffers so that one captured graph serves every batch of its size.
+// Written by run_plan, read by every attend variant.
+struct Plan {
+  int32_t* qo_indptr;      // [batch + 1] query tokens of each request
+  int32_t* kv_indptr;      // [batch + 1] pages of each request
+  int32_t* kv_indices;     // [max_pages] page ids; lists of sparse rows stand behind the dense ones
+  int32_t* last_page_len;  // [batch] keys in the last page, 1..page_size (0: no keys)
+  int32_t* positions;      // [num_tokens] position of each query token: it sees keys 0..position when causal
+  Row* rows;               // [max_rows]
+  int32_t* row_tokens;     // [max_row_tokens] query tokens of packed rows
+  Tile* tiles;             // [max_tiles] ordered by (row, kv_head, kv_begin)
+  int32_t* tile_indptr;    // [max_rows * num_kv_heads + 1] tiles of each (row, kv_head)
+  int32_t* cta_indptr;     // [num_ctas + 1] tiles of each CTA
+  int32_t* merge_indptr;   // [num_tokens + 1] into merge_rows
+  int32_t* merge_rows;     // [max_merge, 2] (row, index of the token in it), in the order of the keys
+  int32_t* counts;         // [kNumCounts]
+  int32_t num_ctas;
+  int32_t rows_per_tile;  // packed queries a tile holds at most
+  int32_t max_pages, max_rows, max_row_tokens, max_tiles, max_merge, max_partials;
+};
+
+// From SGLang's req_to_token to a CSR page table. Page ids are slot / page_size of each page's first token.
+struct PageTableParams {
+  const int32_t* req_to_token;      // [max_requests, req_to_token_stride]
+  const int64_t* req_pool_indices;  // [batch]
+  const int64_t* seq_lens;          // [batch] keys of each request
+  int32_t* kv_indptr;               // [batch + 1]
+  int32_t* kv_indices;              // [max_pages]
+  int32_t* last_page_len;           // [batch]
+  int64_t req_to_token_stride;
+  int32_t batch, page_size, max_pages;
+  void* stream;  // cudaStream_t
+};
+
+enum class Policy : int32_t { exact = 0, window = 1, topk = 2 };
+
+// From a CSR page table to rows, tiles and CTA ranges.
+struct PlanParams {
+  Plan plan;
+  int32_t* scratch;  // [scratch_size] zeroed once by the caller, left as found
+  int64_t scratch_size;
+  int32_t batch, num_tokens;  // num_tokens = qo_indptr[batch], known to the host
+  int32_t num_kv_heads, group, page_size, num_pages;
+  int32_t causal, window_left;  // window_left < 0: off
+  Policy policy;                // window and topk apply to requests of one query token only
+  int32_t sink_pages, recent_pages, budget_pages;
+  int32_t sparse_begin;  // where the lists of sparse rows start in kv_indices
+  int32_t share;         // find and pack shared prefixes (requests of one query token only)
+  int32_t split_keys;    // 0: balance tiles over the CTAs; else cut every row each split_keys keys, whatever the batch
+  void* stream;
+};
+
+struct AttendParams {
+  Plan plan;
+  const void* q;        // [num_tokens, num_qo_heads, head_dim], strides in elements, last dimension contiguous
+  const void* k;        // [num_pages, page_size, num_kv_heads, head_dim]
+  const void* v;        // as k
+  void* out;            // [num_tokens, num_qo_heads, head_dim] contiguous
+  float* lse;           // [num_tokens, num_qo_heads] base 2, may be nullptr
+  float* partial_o;     // [max_partials, head_dim] normalised
+  float* partial_lse;   // [max_partials] base 2
+  int64_t q_stride_token, q_stride_head;
+  int64_t k_stride_page, k_stride_token, k_stride_head;
+  int64_t v_stride_page, v_stride_token, v_stride_head;
+  int32_t batch, num_tokens, num_qo_heads, num_kv_heads, head_dim, page_size, num_pages;
+  float sm_scale, logits_soft_cap;  // logits_soft_cap 0: off
+  int32_t causal, window_left;
+  DType dtype;
+  int32_t decode;  // 1: every request has one query token
+  int32_t num_sms;
+  void* stream;
+};
+
+// Page summaries: per page and KV head the mean and the standard deviation of K in each channel.
+struct SummarizeParams {
+  const void* k;                 // [num_pages, page_size, num_kv_heads, head_dim]
+  const int32_t* kv_indptr;      // [batch + 1]
+  const int32_t* kv_indices;     // [max_pages]
+  const int32_t* last_page_len;  // [batch]
+  const int32_t* first_page;     // [batch] first page column to rebuild, or nullptr: only the last one
+  void* summaries;               // [num_pages, 2, num_kv_heads, head_dim], dtype of k
+  int64_t k_stride_page, k_stride_token, k_stride_head;
+  int32_t batch, max_columns, num_kv_heads, head_dim, page_size, num_pages;
+  DType dtype;
+  void* stream;
+};
+
+// Scores every page of each sparse request for each KV head and writes the chosen ones, in the order of the sequence,
+// into the sparse part of kv_indices. Requests within the budget are left alone: their rows are dense.
+struct SelectParams {
+  Plan plan;
+  const void* q;          // [batch, num_qo_heads, head_dim]
+  const void* summaries;  // [num_pages, 2, num_kv_heads, head_dim]
+  float* scores;          // [batch * num_kv_heads, max_columns] scratch
+  int64_t q_stride_token, q_stride_head;
+  float std_weight;  // score = max over the group of q.mean + std_weight * |q|.std
+  int32_t batch, max_columns, num_qo_heads, num_kv_heads, head_dim, page_size;
+  int32_t sink_pages, recent_pages, budget_pages, sparse_begin;
+  DType dtype;
+  void* stream;
+};
+
+// Every run_* returns 0 or a cudaError_t (CPU: 0).
+int run_page_table_cuda(const PageTableParams&);
+int run_page_table_cpu(const PageTableParams&);
+int run_plan_cuda(const PlanParams&);
+int run_plan_cpu(const PlanParams&);
+int run_summarize_cuda(const SummarizeParams&);
+int run_summarize_cpu(const SummarizeParams&);
+int run_select_cuda(const SelectParams&);
+int run_select_cpu(const SelectParams&);
+
+// attend, one function a variant; merge combines the partials of a token in the order of merge_rows.
+int run_attend_wmma_sm80(const AttendParams&);
+int run_attend_wgmma_sm90_decode(const AttendParams&);
+int run_attend_wgmma_sm90_prefill(const AttendParams&);
+int run_attend_cublaslt(const AttendParams&);
+int run_attend_cpu(const AttendParams&);
+int run_merge_cuda(const AttendParams&);
+int run_merge_cpu(const AttendParams&);
+
+}  // namespace flashcore

@@ -1,0 +1,157 @@
+"""The plan: a batch's work rows and tiles in fixed-capacity device buffers.
+
+The layout is csrc/params.h's ``struct Plan``; the planner op writes it, every attend variant reads it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+
+SPLIT_UNIT = 64  # keys; kSplitUnit in csrc/params.h
+ROW_FIELDS = 8  # int32 fields of struct Row
+TILE_FIELDS = 4  # int32 fields of struct Tile
+
+
+class Policy(IntEnum):
+    """How the rows are made; the values of ``enum class Policy`` in csrc/params.h."""
+
+    EXACT = 0
+    WINDOW = 1
+    TOPK = 2
+
+
+class Count(IntEnum):
+    """Slots of ``Plan.counts``; the values of ``enum Count`` in csrc/params.h."""
+
+    NUM_ROWS = 0
+    NUM_TILES = 1
+    NUM_PARTIALS = 2
+    PAGES_READ = 3
+    PAGES_DENSE = 4
+    ROWS_PACKED = 5
+    OVERFLOW = 6
+    NUM_COUNTS = 8
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What a plan must be able to hold; sizes every buffer, so that none is ever resized under a captured graph.
+
+    Attributes:
+        batch: requests.
+        tokens: query tokens of all requests.
+        pages: entries of the dense CSR page table.
+        sparse_pages: entries for the page lists of sparse rows, behind the dense ones.
+        num_pages: pages of the KV pool (page ids are below it).
+        num_kv_heads, group: KV heads, query heads of each.
+        rows_per_tile: packed queries (token x head in group) that one tile holds.
+        num_ctas: CTAs (CPU: threads) the tiles are dealt to.
+        share: room for packed rows of requests that share pages.
+    """
+
+    batch: int
+    tokens: int
+    pages: int
+    num_pages: int
+    num_kv_heads: int
+    group: int
+    rows_per_tile: int
+    num_ctas: int
+    sparse_pages: int = 0
+    share: bool = True
+
+    @property
+    def tokens_per_row(self) -> int:
+        return self.rows_per_tile // self.group
+
+    @property
+    def max_row_tokens(self) -> int:
+        """Entries of packed rows: four tree levels for every request; the planner stops packing when it is full."""
+        return 4 * self.batch if self.share else 0
+
+    @property
+    def max_rows(self) -> int:
+        # A row ends with its request, or is full; a packed row holds at least two tokens.
+        own = self.batch + -(-self.tokens // self.tokens_per_row)
+        return own + self.max_row_tokens // 2
+
+    @property
+    def max_tiles(self) -> int:
+        return self.max_rows * self.num_kv_heads + self.num_ctas
+
+    @property
+    def max_merge(self) -> int:
+        return self.tokens + self.max_row_tokens
+
+    @property
+    def max_partials(self) -> int:
+        """Rows of the partial buffers: every packed row, every request that has one, and every cut in between."""
+        split = self.num_ctas * self.rows_per_tile * 2
+        shared = (self.max_row_tokens + self.batch) * self.num_kv_heads * self.group if self.share else 0
+        return split + shared
+
+
+@dataclass
+class Plan:
+    """Buffers of one plan, all int32 on one device. Shapes stand beside ``struct Plan`` in csrc/params.h."""
+
+    capacity: Capacity
+    qo_indptr: torch.Tensor
+    kv_indptr: torch.Tensor
+    kv_indices: torch.Tensor
+    last_page_len: torch.Tensor
+    positions: torch.Tensor
+    rows: torch.Tensor
+    row_tokens: torch.Tensor
+    tiles: torch.Tensor
+    tile_indptr: torch.Tensor
+    cta_indptr: torch.Tensor
+    merge_indptr: torch.Tensor
+    merge_rows: torch.Tensor
+    counts: torch.Tensor
+    scratch: torch.Tensor  # [scratch_size] zero between plans
+
+    @classmethod
+    def allocate(cls, capacity: Capacity, device: torch.device | str) -> Plan:
+        def ints(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.int32, device=device)
+
+        c = capacity
+        return cls(
+            capacity=c,
+            qo_indptr=ints(c.batch + 1),
+            kv_indptr=ints(c.batch + 1),
+            kv_indices=ints(c.pages + c.sparse_pages),
+            last_page_len=ints(c.batch),
+            positions=ints(c.tokens),
+            rows=ints(c.max_rows, ROW_FIELDS),
+            row_tokens=ints(max(c.max_row_tokens, 1)),
+            tiles=ints(c.max_tiles, TILE_FIELDS),
+            tile_indptr=ints(c.max_rows * c.num_kv_heads + 1),
+            cta_indptr=ints(c.num_ctas + 1),
+            merge_indptr=ints(c.tokens + 1),
+            merge_rows=ints(c.max_merge, 2),
+            counts=ints(Count.NUM_COUNTS),
+            scratch=ints(2 * c.num_pages + 8 * (c.batch + 1) if c.share else 1),
+        )
+
+    def tensors(self) -> list[torch.Tensor]:
+        """The buffers in the order of ``struct Plan``, as the ops take them."""
+        return [
+            self.qo_indptr,
+            self.kv_indptr,
+            self.kv_indices,
+            self.last_page_len,
+            self.positions,
+            self.rows,
+            self.row_tokens,
+            self.tiles,
+            self.tile_indptr,
+            self.cta_indptr,
+            self.merge_indptr,
+            self.merge_rows,
+            self.counts,
+        ]
