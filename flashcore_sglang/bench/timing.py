@@ -1,0 +1,56 @@
+"""Device time of a captured call: cold L2, CUDA-graph replay, median and spread."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+_FLUSH_BYTES = 256 << 20  # several times the 50 to 60 MB of a Hopper L2
+
+
+class Time(NamedTuple):
+    """Microseconds; the spread is the distance between the quartiles."""
+
+    median: float
+    spread: float
+
+
+@functools.cache
+def _flush_buffer() -> torch.Tensor:
+    return torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+
+
+def captured(call: Callable[[], object]) -> Callable[[], None]:
+    """Captures `call` in a CUDA graph and returns its replay."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def measure(call: Callable[[], object], repeats: int = 20, graph: bool = True) -> Time:
+    """Times `call` on the device, with the L2 flushed before every run."""
+    replay = captured(call) if graph else call
+    for _ in range(2):
+        replay()
+    times = []
+    for _ in range(repeats):
+        _flush_buffer().zero_()
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3)
+    quartiles = statistics.quantiles(times, n=4)
+    return Time(statistics.median(times), quartiles[2] - quartiles[0])
