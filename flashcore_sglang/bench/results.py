@@ -92,5 +92,8 @@ def show(rows: Iterable[Row], metric: str, digits: int = 1) -> None:
     backends = list(dict.fromkeys(name for cells in pivoted.values() for name in cells))
     table = Table("case", *backends, title=metric)
     for case, cells in pivoted.items():
-        table.add_row(case, *(f"{cells[b].value:.{digits}f} ±{cells[b].spread:.{digits}f}" if b in cells else "-" for b in backends))
+        table.add_row(
+            case,
+            *(f"{cells[b].value:.{digits}f} ±{cells[b].spread:.{digits}f}" if b in cells else "-" for b in backends),
+        )
     Console(width=160).print(table)

@@ -1,0 +1,107 @@
+"""`flashcore bench prefill`: whole and chunked prefill against its peers, correctness before timing."""
+
+from __future__ import annotations
+
+import torch
+
+from .. import PagedAttention
+from . import peers
+from .cases import PrefillCase
+from .results import Results
+from .timing import measure
+
+_CHECKED_ROWS = 8  # query tokens compared with fp64
+_MAX_REPEATS_US = 4e5  # of device time spent on one cell
+
+
+def _inputs(case: PrefillCase) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
+    """q, k, v of the new tokens [tokens, heads, dim], and the cache (k, v, table, lens) that holds them too."""
+    h, page = case.heads, case.page_size
+    tokens, columns = case.batch * case.new, (case.prefix + case.new) // page
+    shared = case.prefix // page if case.shared_prefix else 0
+    total = shared + case.batch * (columns - shared)
+    ids = torch.randperm(total, device="cuda").int()
+    table = torch.empty(case.batch, columns, dtype=torch.int32, device="cuda")
+    table[:, :shared] = ids[:shared]
+    table[:, shared:] = ids[shared:].view(case.batch, -1)
+    k_cache = torch.randn(total, page, h.kv, h.dim, device="cuda", dtype=case.dtype)
+    v_cache = torch.randn_like(k_cache)
+    own = table[:, case.prefix // page :].long()
+    k, v = (x[own].view(tokens, h.kv, h.dim) for x in (k_cache, v_cache))
+    q = torch.randn(tokens, h.qo, h.dim, device="cuda", dtype=case.dtype)
+    lens = torch.full((case.batch,), case.prefix + case.new, dtype=torch.int32, device="cuda")
+    return q, k, v, (k_cache, v_cache, table, lens)
+
+
+def flashcore_call(case: PrefillCase, variant: str, q: torch.Tensor, cache: tuple[torch.Tensor, ...]) -> peers.Call:
+    """Plans the case over its pages and returns the run."""
+    k_cache, v_cache, table, lens = cache
+    attention = PagedAttention(device=q.device)
+    columns, h = table.shape[1], case.heads
+    attention.plan(
+        torch.arange(0, (case.batch + 1) * case.new, case.new, dtype=torch.int32),
+        torch.arange(0, (case.batch + 1) * columns, columns, dtype=torch.int32),
+        table.flatten(),
+        (lens - (columns - 1) * case.page_size).int(),
+        h.qo,
+        h.kv,
+        h.dim,
+        case.page_size,
+        causal=case.causal,
+        q_data_type=case.dtype,
+        variant=variant,
+    )
+    out = torch.full_like(q, float("nan"))
+    return lambda: attention.run(q, (k_cache, v_cache), out=out)
+
+
+def max_error(case: PrefillCase, out: torch.Tensor, q: torch.Tensor, cache: tuple[torch.Tensor, ...]) -> float:
+    """Largest absolute difference to fp64 over a few query tokens; NaN is infinite."""
+    k_cache, v_cache, table, _ = cache
+    h, worst = case.heads, 0.0
+    for token in torch.linspace(0, q.shape[0] - 1, _CHECKED_ROWS).long().tolist():
+        request, index = divmod(token, case.new)
+        visible = case.prefix + (index + 1 if case.causal else case.new)
+        pages = table[request].long()
+        keys, values = (x[pages].flatten(0, 1)[:visible].double().transpose(0, 1) for x in (k_cache, v_cache))
+        query = q[token].double().view(h.kv, h.qo // h.kv, h.dim)
+        weights = torch.softmax(query @ keys.transpose(1, 2) * h.dim**-0.5, -1)
+        difference = (out[token].double() - (weights @ values).view(h.qo, h.dim)).abs().max().item()
+        worst = max(worst, difference if difference == difference else float("inf"))
+    return worst
+
+
+def run(cases: list[PrefillCase], variants: list[str], with_peers: bool, repeats: int) -> Results:
+    """Measures every case; raises when flashcore's error exceeds twice the best peer's."""
+    results = Results()
+    for case in cases:
+        torch.manual_seed(0)
+        q, k, v, cache = _inputs(case)
+        calls: dict[str, peers.Call] = {}
+        if with_peers:
+            for name, make in peers.PREFILL.items():
+                call = make(case, q, k, v, cache)
+                if call is not None:
+                    calls[name] = call
+        for variant in variants:
+            calls["flashcore" if variant == "auto" else f"flashcore:{variant}"] = flashcore_call(
+                case, variant, q, cache
+            )
+        errors = {name: max_error(case, call(), q, cache) for name, call in calls.items()}
+        peer_error = min((e for name, e in errors.items() if not name.startswith("flashcore")), default=float("inf"))
+        for name, call in calls.items():
+            if name.startswith("flashcore") and errors[name] > 2 * peer_error:
+                raise AssertionError(
+                    f"{case.name}: {name} is off fp64 by {errors[name]:.2e}, peers by {peer_error:.2e}"
+                )
+            first = measure(call, 2, graph=False)
+            count = int(max(3, min(repeats, _MAX_REPEATS_US / first.median)))
+            time = measure(call, count, graph=False)
+            results.add(case.name, name, "time_us", *time)
+            results.add(case.name, name, "tflops", case.flops / time.median / 1e6)
+            results.add(case.name, name, "max_error", errors[name])
+        speeds = {r.backend: r.value for r in results.rows if r.case == case.name and r.metric == "tflops"}
+        print(case.name, {name: round(t) for name, t in speeds.items()}, flush=True)
+        del q, k, v, cache, calls
+        torch.cuda.empty_cache()
+    return results
