@@ -26,8 +26,8 @@ class DecodeCase:
     """One decode step of requests whose KV forms a prefix tree.
 
     Attributes:
-        levels: (children of each node, tokens of a node) from the root down. ``((64, 8192),)`` is 64 requests that share
-            nothing, ``((1, 4096), (64, 1024))`` 64 requests of 5120 tokens over one prefix of 4096.
+        levels: (children of each node, tokens of a node) from the root down. ``((64, 8192),)`` is 64 requests that
+            share nothing, ``((1, 4096), (64, 1024))`` 64 requests of 5120 tokens over one prefix of 4096.
         lens: explicit lengths of requests that share nothing, instead of ``levels``.
     """
 

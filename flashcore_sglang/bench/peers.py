@@ -1,4 +1,4 @@
-"""The kernels a user would pick instead, behind one call each; a peer that is not installed is left out, with a line."""
+"""The kernels a user would pick instead, behind one call each; a peer that is missing is left out, with a line."""
 
 from __future__ import annotations
 
