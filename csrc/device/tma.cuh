@@ -1,0 +1,79 @@
+// The bulk tensor copy engine (TMA) over a paged KV cache.
+//
+// A cache [pages, page_size, heads, head_dim] of any strides is described as five dimensions, innermost first:
+//     (64 elements = 128 bytes, token of the page, slab of 64 elements in head_dim, head, page)
+// so that one box lands in shared memory as [slabs][tokens][128 bytes] under the 128-byte swizzle: 16-byte chunk c of
+// row r stands at chunk c ^ (r % 8). Both wgmma (K: K-major, V: MN-major) and ldmatrix read that without conflicts.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "device/mbarrier.cuh"
+#include "params.h"
+
+namespace flashcore {
+
+constexpr int kSlab = 64;                                // elements of a 128-byte row
+constexpr uint64_t kEvictFirst = 0x12F0000000000000ull;  // L2 policies as createpolicy encodes them
+constexpr uint64_t kEvictNormal = 0x1000000000000000ull;
+constexpr uint64_t kEvictLast = 0x14F0000000000000ull;
+
+// --- Host: tensor maps -----------------------------------------------------------------------------------------------
+
+struct PagedCache {
+  const void* base;
+  DType dtype;                         // bf16 or fp16
+  int head_dim, page_size, num_heads;  // head_dim a multiple of 64
+  int64_t num_pages;
+  int64_t stride_page, stride_token, stride_head;  // in elements; multiples of 8, base 16-byte aligned
+};
+
+// The map for boxes of box_tokens tokens (of one page and head) x box_slabs * 64 elements.
+inline cudaError_t make_cache_map(CUtensorMap* map, const PagedCache& cache, int box_tokens, int box_slabs) {
+  // The driver is reached through the runtime, so that nothing links against libcuda.
+  using Encode = decltype(&cuTensorMapEncodeTiled);
+  static const Encode encode = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    const cudaError_t error =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+    return error == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(function) : nullptr;
+  }();
+  if (encode == nullptr) return cudaErrorCallRequiresNewerDriver;
+
+  constexpr cuuint64_t kBytes = 2;
+  const cuuint64_t sizes[5] = {kSlab, static_cast<cuuint64_t>(cache.page_size),
+                               static_cast<cuuint64_t>(cache.head_dim / kSlab),
+                               static_cast<cuuint64_t>(cache.num_heads), static_cast<cuuint64_t>(cache.num_pages)};
+  const cuuint64_t strides[4] = {cache.stride_token * kBytes, kSlab * kBytes, cache.stride_head * kBytes,
+                                 cache.stride_page * kBytes};
+  const cuuint32_t box[5] = {kSlab, static_cast<cuuint32_t>(box_tokens), static_cast<cuuint32_t>(box_slabs), 1, 1};
+  const cuuint32_t element_strides[5] = {1, 1, 1, 1, 1};
+  const auto type = cache.dtype == DType::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  const CUresult result = encode(map, type, 5, const_cast<void*>(cache.base), sizes, strides, box, element_strides,
+                                 CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+// --- Device ----------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+// Loads the box at (element 0, token, slab, head, page) to `destination` (1024-byte aligned, or at least at a multiple
+// of 8 rows); its bytes complete on `barrier`.
+__device__ __forceinline__ void tma_load_cache(void* destination, const CUtensorMap* map, Mbarrier* barrier, int token,
+                                               int slab, int head, int page, uint64_t l2_policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(smem_address(destination)),
+      "l"(map), "r"(smem_address(barrier)), "r"(0), "r"(token), "r"(slab), "r"(head), "r"(page), "l"(l2_policy)
+      : "memory");
+}
+
+}  // namespace flashcore
