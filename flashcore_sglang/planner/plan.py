@@ -13,6 +13,7 @@ import torch
 SPLIT_UNIT = 64  # keys; kSplitUnit in csrc/params.h
 ROW_FIELDS = 8  # int32 fields of struct Row
 TILE_FIELDS = 4  # int32 fields of struct Tile
+MAX_LEVELS = 4  # packed rows that a request is in at most; kMaxLevels in csrc/plan/share.h
 
 
 class Policy(IntEnum):
@@ -44,12 +45,14 @@ class Capacity:
         batch: requests.
         tokens: query tokens of all requests.
         pages: entries of the dense CSR page table.
-        sparse_pages: entries for the page lists of sparse rows, behind the dense ones.
         num_pages: pages of the KV pool (page ids are below it).
         num_kv_heads, group: KV heads, query heads of each.
         rows_per_tile: packed queries (token x head in group) that one tile holds.
         num_ctas: CTAs (CPU: threads) the tiles are dealt to.
+        sparse_pages: entries for the page lists of sparse rows, behind the dense ones.
         share: room for packed rows of requests that share pages.
+        page_size: keys in a page.
+        split_keys: 0, or the fixed length of a tile in deterministic mode.
     """
 
     batch: int
@@ -62,25 +65,50 @@ class Capacity:
     num_ctas: int
     sparse_pages: int = 0
     share: bool = True
+    page_size: int = 64
+    split_keys: int = 0
+
+    def __post_init__(self) -> None:
+        if self.rows_per_tile < self.group:
+            raise ValueError(
+                f"rows_per_tile: expected at least the group of {self.group} query heads, got {self.rows_per_tile}; "
+                "a tile holds whole tokens"
+            )
+        if self.split_keys % SPLIT_UNIT:
+            raise ValueError(f"split_keys: expected a multiple of {SPLIT_UNIT}, got {self.split_keys}; use 0 for balanced")
 
     @property
     def tokens_per_row(self) -> int:
         return self.rows_per_tile // self.group
 
     @property
+    def packs(self) -> bool:
+        """Whether rows of requests that share pages can arise: they hold two tokens, and never in deterministic mode."""
+        return self.share and not self.split_keys and self.tokens_per_row >= 2
+
+    @property
     def max_row_tokens(self) -> int:
-        """Entries of packed rows: four tree levels for every request; the planner stops packing when it is full."""
-        return 4 * self.batch if self.share else 0
+        """Entries of packed rows: a request is in at most ``MAX_LEVELS`` of them."""
+        return MAX_LEVELS * self.batch if self.packs else 0
 
     @property
     def max_rows(self) -> int:
-        # A row ends with its request, or is full; a packed row holds at least two tokens.
-        own = self.batch + -(-self.tokens // self.tokens_per_row)
-        return own + self.max_row_tokens // 2
+        # A row ends with its request, or is full; a packed row holds at least one token.
+        return self.batch + -(-self.tokens // self.tokens_per_row) + self.max_row_tokens
+
+    @property
+    def max_splits(self) -> int:
+        """Tiles beyond the first of their (row, KV head): cuts at CTA boundaries, or each ``split_keys`` keys.
+
+        In deterministic mode only requests of one query token are cut, so their pages bound the cuts.
+        """
+        if not self.split_keys:
+            return self.num_ctas
+        return -(-self.pages * self.page_size // self.split_keys) * self.num_kv_heads
 
     @property
     def max_tiles(self) -> int:
-        return self.max_rows * self.num_kv_heads + self.num_ctas
+        return self.max_rows * self.num_kv_heads + self.max_splits
 
     @property
     def max_merge(self) -> int:
@@ -88,10 +116,17 @@ class Capacity:
 
     @property
     def max_partials(self) -> int:
-        """Rows of the partial buffers: every packed row, every request that has one, and every cut in between."""
-        split = self.num_ctas * self.rows_per_tile * 2
-        shared = (self.max_row_tokens + self.batch) * self.num_kv_heads * self.group if self.share else 0
-        return split + shared
+        """Rows of the partial buffers: both sides of every cut, every packed row, every request that has one."""
+        rows_of_a_tile = self.group if self.split_keys else self.rows_per_tile
+        shared = (self.max_row_tokens + self.batch) * self.num_kv_heads * self.group if self.packs else 0
+        return 2 * self.max_splits * rows_of_a_tile + shared
+
+    @property
+    def scratch_size(self) -> int:
+        """int32 entries the planner works in; csrc/plan/schedule.h lays them out."""
+        slots = MAX_LEVELS * self.batch
+        sharing = 2 * self.num_pages + 6 * slots + 3 * self.batch if self.packs else 0
+        return sharing + 2 * (self.max_rows + 1) + 2
 
 
 @dataclass
@@ -112,7 +147,8 @@ class Plan:
     merge_indptr: torch.Tensor
     merge_rows: torch.Tensor
     counts: torch.Tensor
-    scratch: torch.Tensor  # [scratch_size] zero between plans
+    scratch: torch.Tensor  # [scratch_size] zero at first, then the planner's own
+    batch: int  # requests of the current plan, at most capacity.batch
 
     @classmethod
     def allocate(cls, capacity: Capacity, device: torch.device | str) -> Plan:
@@ -135,16 +171,18 @@ class Plan:
             merge_indptr=ints(c.tokens + 1),
             merge_rows=ints(c.max_merge, 2),
             counts=ints(Count.NUM_COUNTS),
-            scratch=ints(2 * c.num_pages + 8 * (c.batch + 1) if c.share else 1),
+            scratch=ints(c.scratch_size),
+            batch=c.batch,
         )
 
     def tensors(self) -> list[torch.Tensor]:
-        """The buffers in the order of ``struct Plan``, as the ops take them."""
+        """The buffers in the order of ``struct Plan``, as the ops take them; per-request ones as long as the batch."""
+        n = self.batch
         return [
-            self.qo_indptr,
-            self.kv_indptr,
+            self.qo_indptr[: n + 1],
+            self.kv_indptr[: n + 1],
             self.kv_indices,
-            self.last_page_len,
+            self.last_page_len[:n],
             self.positions,
             self.rows,
             self.row_tokens,

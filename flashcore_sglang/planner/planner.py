@@ -1,0 +1,225 @@
+"""What every policy shares: the buffers, and the way from a batch to a plan in them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from flashcore_sglang import ops
+from flashcore_sglang.planner.plan import Capacity, Plan, Policy
+
+if TYPE_CHECKING:
+    from flashcore_sglang.config import Config
+
+
+@dataclass(frozen=True)
+class PlannerOptions:
+    """What a policy needs to know besides sizes.
+
+    Attributes:
+        policy: how rows are made.
+        page_size: keys in a page.
+        sink_pages, recent_pages: always read by window and topk, at the start and at the end of a request.
+        budget_pages: pages that topk reads in all; shorter requests are read whole.
+        dense_layers: topk: layers at the front that read everything.
+        std_weight: topk: weight of |q|.std beside q.mean in a page's score.
+        share: read pages that requests share once.
+        split_keys: 0, or the fixed length of a tile in keys: results then do not depend on the rest of the batch.
+    """
+
+    policy: Policy = Policy.EXACT
+    page_size: int = 64
+    sink_pages: int = 0
+    recent_pages: int = 1
+    budget_pages: int = 0
+    dense_layers: int = 0
+    std_weight: float = 1.0
+    share: bool = True
+    split_keys: int = 0
+
+    @classmethod
+    def from_config(cls, config: Config, page_size: int) -> PlannerOptions:
+        """``config`` counts tokens; pages are rounded up."""
+        sink, recent, budget = config.pages(page_size)
+        return cls(
+            policy=Policy[config.policy.upper()],
+            page_size=page_size,
+            sink_pages=sink,
+            recent_pages=recent,
+            budget_pages=budget,
+            dense_layers=config.dense_layers,
+            std_weight=config.std_weight,
+            share=config.share_prefixes and not config.deterministic,
+            split_keys=config.split_keys if config.deterministic else 0,
+        )
+
+    def sparse_pages(self, batch: int, num_kv_heads: int) -> int:
+        """Entries of the page lists of ``batch`` sparse rows: ``Capacity.sparse_pages``."""
+        if self.policy is Policy.WINDOW:
+            return batch * (self.sink_pages + self.recent_pages)
+        if self.policy is Policy.TOPK:
+            return batch * num_kv_heads * self.budget_pages
+        return 0
+
+
+class Planner:
+    """Plans batches into buffers that are allocated once; a captured graph over them follows every new plan.
+
+    The flow of a forward: ``begin`` (outside of a captured graph), then for each layer ``after_store`` once K is in
+    the cache and ``for_layer``, whose plan the layer attends over. Nothing here waits for the device.
+    """
+
+    def __init__(self, options: PlannerOptions, capacity: Capacity, device: torch.device | str) -> None:
+        needed = options.sparse_pages(capacity.batch, capacity.num_kv_heads)
+        if capacity.sparse_pages < needed:
+            raise ValueError(
+                f"capacity.sparse_pages: expected at least {needed} for policy {options.policy.name.lower()}, got "
+                f"{capacity.sparse_pages}; use PlannerOptions.sparse_pages"
+            )
+        if (capacity.page_size, capacity.split_keys) != (options.page_size, options.split_keys):
+            raise ValueError(
+                f"capacity: expected page_size {options.page_size} and split_keys {options.split_keys} as in the options, "
+                f"got {capacity.page_size} and {capacity.split_keys}; make both from the same settings"
+            )
+        if options.policy is not Policy.EXACT and options.recent_pages < 1:
+            raise ValueError(f"recent_pages: expected at least 1, got {options.recent_pages}; a token reads its own page")
+        if options.policy is Policy.TOPK and options.budget_pages <= options.sink_pages + options.recent_pages:
+            raise ValueError(
+                f"budget_pages: expected more than sink_pages + recent_pages = "
+                f"{options.sink_pages + options.recent_pages}, got {options.budget_pages}"
+            )
+        self.options = options
+        self.capacity = capacity
+        self.plan = Plan.allocate(capacity, device)
+        self._one_token_each = torch.arange(capacity.batch + 1, dtype=torch.int32, device=device)
+
+    def begin(
+        self,
+        req_to_token: torch.Tensor,
+        req_pool_indices: torch.Tensor,
+        seq_lens: torch.Tensor,
+        *,
+        qo_indptr: torch.Tensor | None = None,
+        num_tokens: int | None = None,
+        causal: bool = True,
+        window_left: int = -1,
+    ) -> None:
+        """Plans a batch of SGLang.
+
+        Args:
+            req_to_token: int32 ``[requests, context]`` slots of each request's tokens.
+            req_pool_indices: int64 ``[batch]`` rows of ``req_to_token``.
+            seq_lens: int64 ``[batch]`` keys of each request, its new tokens included.
+            qo_indptr: int32 ``[batch + 1]`` query tokens of each request; None: decode, one each.
+            num_tokens: ``qo_indptr[batch]``, needed with it.
+            causal: a query token sees keys up to its own position.
+            window_left: keys before its own position that a token sees; negative: all.
+
+        Raises:
+            ValueError: the batch is larger than the capacity.
+        """
+        batch = req_pool_indices.shape[0]
+        num_tokens = self._start(batch, qo_indptr, num_tokens)
+        plan = self.plan
+        ops.page_table(
+            req_to_token,
+            req_pool_indices,
+            seq_lens,
+            self.options.page_size,
+            plan.kv_indptr[: batch + 1],
+            plan.kv_indices[: self.capacity.pages],
+            plan.last_page_len[:batch],
+        )
+        self._make(num_tokens, decode=qo_indptr is None, causal=causal, window_left=window_left)
+
+    def begin_csr(
+        self,
+        qo_indptr: torch.Tensor | None,
+        kv_indptr: torch.Tensor,
+        kv_indices: torch.Tensor,
+        last_page_len: torch.Tensor,
+        *,
+        num_tokens: int | None = None,
+        causal: bool = True,
+        window_left: int = -1,
+    ) -> None:
+        """Plans a batch from a CSR page table on any device; it is copied into the plan's buffers.
+
+        Args:
+            qo_indptr: ``[batch + 1]`` query tokens of each request; None: decode, one each.
+            kv_indptr: ``[batch + 1]`` pages of each request.
+            kv_indices: page ids, ``kv_indptr[batch]`` or more.
+            last_page_len: ``[batch]`` keys in the last page of each request.
+            num_tokens, causal, window_left: as in ``begin``.
+
+        Raises:
+            ValueError: the batch is larger than the capacity.
+        """
+        batch = kv_indptr.shape[0] - 1
+        pages = kv_indices.shape[0]
+        if pages > self.capacity.pages:
+            raise ValueError(f"kv_indices: expected at most {self.capacity.pages} pages, got {pages}; plan for more pages")
+        num_tokens = self._start(batch, qo_indptr, num_tokens)
+        plan = self.plan
+        plan.kv_indptr[: batch + 1].copy_(kv_indptr, non_blocking=True)
+        plan.kv_indices[:pages].copy_(kv_indices, non_blocking=True)
+        plan.last_page_len[:batch].copy_(last_page_len, non_blocking=True)
+        self._make(num_tokens, decode=qo_indptr is None, causal=causal, window_left=window_left)
+
+    def after_store(self, layer_id: int, k_cache: torch.Tensor, first_page: torch.Tensor | None = None) -> None:
+        """To be called when a layer's new K is in ``k_cache`` ``[num_pages, page_size, num_kv_heads, head_dim]``.
+
+        Args:
+            layer_id: the layer.
+            k_cache: its K pages.
+            first_page: int32 ``[batch]`` page column of each request from which on K changed; None: the last one only.
+        """
+
+    def for_layer(self, layer_id: int, q: torch.Tensor, k_cache: torch.Tensor) -> Plan:
+        """The plan that ``layer_id`` attends over with ``q`` ``[num_tokens, num_qo_heads, head_dim]``."""
+        return self.plan
+
+    def _start(self, batch: int, qo_indptr: torch.Tensor | None, num_tokens: int | None) -> int:
+        if batch > self.capacity.batch:
+            raise ValueError(f"batch: expected at most {self.capacity.batch} requests, got {batch}; plan for a larger batch")
+        if qo_indptr is None:
+            qo_indptr, num_tokens = self._one_token_each[: batch + 1], batch
+        if num_tokens is None:
+            raise ValueError("num_tokens: expected qo_indptr[batch] as an int beside qo_indptr, got None; pass it")
+        if num_tokens > self.capacity.tokens:
+            raise ValueError(f"num_tokens: expected at most {self.capacity.tokens}, got {num_tokens}; plan for more tokens")
+        self.plan.batch = batch
+        self.plan.qo_indptr[: batch + 1].copy_(qo_indptr, non_blocking=True)
+        return num_tokens
+
+    def _make(self, num_tokens: int, *, decode: bool, causal: bool, window_left: int) -> None:
+        """Fills ``self.plan`` from its page table. Only whole decode batches are sparse or shared."""
+        sparse = decode and window_left < 0
+        self._run_plan(self.plan, self.options.policy if sparse else Policy.EXACT, num_tokens, decode, causal, window_left)
+
+    def _run_plan(
+        self, plan: Plan, policy: Policy, num_tokens: int, decode: bool, causal: bool, window_left: int
+    ) -> None:
+        c, o = plan.capacity, self.options
+        ops.plan(
+            plan.tensors(),
+            plan.scratch,
+            num_tokens=num_tokens,
+            num_kv_heads=c.num_kv_heads,
+            group=c.group,
+            page_size=o.page_size,
+            num_pages=c.num_pages,
+            rows_per_tile=c.rows_per_tile,
+            max_partials=c.max_partials,
+            causal=causal,
+            window_left=window_left,
+            policy=int(policy),
+            sink_pages=o.sink_pages,
+            recent_pages=o.recent_pages,
+            budget_pages=o.budget_pages,
+            sparse_begin=c.pages,
+            share=decode and o.share and c.packs,
+            split_keys=o.split_keys,
+        )
