@@ -88,6 +88,7 @@ def make_config(shape: Shape, dtype: str) -> dict[str, object]:
         "eos_token_id": ids["</s>"],
         "pad_token_id": ids["<pad>"],
         "torch_dtype": dtype,
+        "transformers_version": "5.0.0",  # whose file format this is
     }
 
 
