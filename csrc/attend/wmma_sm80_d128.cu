@@ -1,0 +1,8 @@
+// wmma_sm80 for head size 128.
+#include "attend/wmma_sm80.cuh"
+
+namespace flashcore::wmma_sm80 {
+
+template int run<128>(const AttendParams&);
+
+}  // namespace flashcore::wmma_sm80
