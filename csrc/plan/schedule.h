@@ -1,0 +1,169 @@
+// The arithmetic of a plan, for host and device alike: what a request wants, what a key costs, where tiles are cut.
+//
+// Balanced tiles ("stream-K", Osama et al., arXiv 2301.03598): the work of all (row, KV head) pairs is laid on one line,
+// in units of kSplitUnit keys, and the line is cut evenly over the CTAs. Every cut has a closed form, so that tiles are
+// found in parallel and come out the same on every machine.
+#pragma once
+
+#include "params.h"
+
+#ifdef __CUDACC__
+#define FLASHCORE_HD __host__ __device__ inline
+#else
+#define FLASHCORE_HD inline
+#endif
+
+namespace flashcore {
+
+FLASHCORE_HD int32_t ceil_div(int32_t a, int32_t b) { return (a + b - 1) / b; }
+
+// Last index i of a non-decreasing indptr[0..n] with indptr[i] <= value; entries that span nothing are passed over.
+FLASHCORE_HD int32_t find_segment(const int32_t* indptr, int32_t n, int32_t value) {
+  int32_t low = 0, high = n;  // indptr[low] <= value < indptr[high]
+  while (high - low > 1) {
+    const int32_t middle = low + (high - low) / 2;
+    if (indptr[middle] <= value) {
+      low = middle;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+struct Request {
+  int32_t q_begin, q_len;
+  int32_t page_begin, pages;
+  int32_t kv_len;
+};
+
+FLASHCORE_HD Request request_of(const PlanParams& p, int32_t r) {
+  const int32_t q_begin = p.plan.qo_indptr[r], page_begin = p.plan.kv_indptr[r];
+  const int32_t pages = p.plan.kv_indptr[r + 1] - page_begin;
+  const int32_t kv_len = pages > 0 ? (pages - 1) * p.page_size + p.plan.last_page_len[r] : 0;
+  return {q_begin, p.plan.qo_indptr[r + 1] - q_begin, page_begin, pages, kv_len};
+}
+
+// Whether the page table and the tokens are inside their buffers; nothing of them may be read otherwise.
+FLASHCORE_HD bool batch_fits(const PlanParams& p) {
+  const int32_t pages = p.plan.kv_indptr[p.batch];
+  return pages <= p.plan.max_pages && pages <= p.sparse_begin && p.plan.qo_indptr[p.batch] <= p.num_tokens;
+}
+
+FLASHCORE_HD int32_t tokens_per_row(const PlanParams& p) { return p.plan.rows_per_tile / p.group; }
+
+// Pages a sparse row reads, whatever the request's length.
+FLASHCORE_HD int32_t sparse_pages(const PlanParams& p) {
+  return p.policy == Policy::topk ? p.budget_pages : p.sink_pages + p.recent_pages;
+}
+
+FLASHCORE_HD bool is_sparse(const PlanParams& p, const Request& request) {
+  return p.policy != Policy::exact && request.q_len == 1 && request.pages > sparse_pages(p);
+}
+
+// One row for the keys [begin, end) of a request's own page table; begin is a multiple of page_size.
+FLASHCORE_HD Row dense_row(const PlanParams& p, const Request& request, int32_t r, int32_t q_begin, int32_t q_count,
+                           int32_t begin, int32_t end, int32_t flags) {
+  return {.q_begin = q_begin,
+          .q_count = q_count,
+          .flags = flags,
+          .page_begin = request.page_begin + begin / p.page_size,
+          .head_stride = 0,
+          .kv_len = end > begin ? end - begin : 0,
+          .kv_pos = begin,
+          .request = r};
+}
+
+// The row of tokens [first, first + tokens_per_row) of a request, trimmed to the keys that any of them can see.
+FLASHCORE_HD Row own_row(const PlanParams& p, const Request& request, int32_t r, int32_t first) {
+  const int32_t left = request.q_len - first, most = tokens_per_row(p);
+  const int32_t count = left < most ? left : most;
+  const int32_t first_position = request.kv_len - request.q_len + first;
+  int32_t begin = 0, end = request.kv_len;
+  if (p.causal && first_position + count < end) end = first_position + count;
+  if (p.window_left >= 0 && first_position > p.window_left) {
+    begin = (first_position - p.window_left) / p.page_size * p.page_size;
+  }
+  return dense_row(p, request, r, request.q_begin + first, count, begin, end, kSole);
+}
+
+// The row of a request that reads a page list: its position is that of the newest keys, so that masks hide none.
+FLASHCORE_HD Row sparse_row(const PlanParams& p, const Request& request, int32_t r) {
+  const int32_t pages = sparse_pages(p), heads = p.policy == Policy::topk ? p.num_kv_heads : 1;
+  const int32_t kv_len = (pages - 1) * p.page_size + p.plan.last_page_len[r];
+  return {.q_begin = request.q_begin,
+          .q_count = 1,
+          .flags = kSole,
+          .page_begin = p.sparse_begin + r * heads * pages,
+          .head_stride = p.policy == Policy::topk ? pages : 0,
+          .kv_len = kv_len,
+          .kv_pos = request.kv_len - kv_len,
+          .request = r};
+}
+
+// Cost of kSplitUnit keys for a row. Up to 16 packed queries the keys' bytes are all that counts; beyond, the tensor
+// cores and the softmax take their share: 64 queries on 64 keys cost about 1.75 times the bytes' time.
+constexpr int32_t kBaseCost = 4;
+FLASHCORE_HD int32_t unit_cost(int32_t packed) { return packed <= 16 ? kBaseCost : kBaseCost + (packed - 1) / 16; }
+
+// A CTA gets this many units at least, as long as others would otherwise get less: shorter tiles cost more to merge
+// than they save.
+constexpr int32_t kMinUnits = 2;
+
+// Work of one (row, KV head) pair on the line. A tile's start-up costs about as much as a unit: it stands behind the
+// pair's last unit as a stretch in which no unit starts.
+struct PairWork {
+  int32_t units, cost, packed;
+
+  FLASHCORE_HD int64_t total() const { return static_cast<int64_t>(units + 1) * cost; }
+};
+
+FLASHCORE_HD PairWork work_of(const Row& row, int32_t group) {
+  const int32_t packed = row.q_count * group;
+  const int32_t units = row.kv_len > 0 ? ceil_div(row.kv_len, kSplitUnit) : 1;  // an empty row still writes zeros
+  return {units, unit_cost(packed), packed};
+}
+
+// The line [0, total) in `shares` equal stretches: a unit belongs to the CTA in whose stretch it starts.
+struct Line {
+  int64_t total;
+  int32_t shares;
+
+  FLASHCORE_HD Line(int64_t work, int32_t num_ctas, bool balanced) : total(work > 0 ? work : 1), shares(num_ctas) {
+    const int64_t enough = total / (kMinUnits * kBaseCost);
+    if (balanced && enough < shares) shares = enough > 1 ? static_cast<int32_t>(enough) : 1;
+  }
+  FLASHCORE_HD int64_t begin(int32_t cta) const { return total * cta / shares; }
+  // Largest cta with begin(cta) <= position.
+  FLASHCORE_HD int32_t cta_of(int64_t position) const {
+    return static_cast<int32_t>(((position + 1) * shares - 1) / total);
+  }
+  // Whether every stretch inside a pair holds the start of a unit; if not, none holds two.
+  FLASHCORE_HD bool fine(int32_t cost) const { return total / shares >= cost; }
+};
+
+// How one pair is cut into tiles.
+struct Cut {
+  const Line& line;
+  PairWork work;
+  int64_t position;     // of the pair on the line
+  int32_t split_units;  // > 0: a tile every split_units units, whatever the line
+
+  FLASHCORE_HD int32_t num_tiles() const {
+    if (split_units > 0) return ceil_div(work.units, split_units);
+    if (!line.fine(work.cost)) return work.units;
+    return line.cta_of(unit_position(work.units - 1)) - line.cta_of(position) + 1;
+  }
+  // First unit of tile k; units for k = num_tiles().
+  FLASHCORE_HD int32_t first_unit(int32_t k) const {
+    if (k == 0) return 0;
+    if (split_units > 0) return k * split_units < work.units ? k * split_units : work.units;
+    if (!line.fine(work.cost)) return k;
+    const int64_t unit = (line.begin(line.cta_of(position) + k) - position + work.cost - 1) / work.cost;
+    return unit < work.units ? static_cast<int32_t>(unit) : work.units;
+  }
+  FLASHCORE_HD int32_t cta_of_tile(int32_t k) const { return line.cta_of(unit_position(first_unit(k))); }
+  FLASHCORE_HD int64_t unit_position(int32_t unit) const { return position + static_cast<int64_t>(unit) * work.cost; }
+};
+
+}  // namespace flashcore
