@@ -48,7 +48,8 @@ def load_library() -> Path:
     try:
         torch.ops.load_library(str(library))
     except OSError as error:
-        raise LibraryError(_explain(library, str(error), torch.__version__)) from error
+        reason = str(error.__cause__ or error)  # torch keeps the loader's own words in the cause
+        raise LibraryError(_explain(library, reason, torch.__version__)) from error
     return library
 
 
