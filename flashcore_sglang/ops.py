@@ -1,0 +1,280 @@
+"""Typed functions over ``torch.ops.flashcore``.
+
+Every op fills tensors that the caller owns: none allocates or waits for the device, so all can be captured in a CUDA
+graph. They check shapes, dtypes, devices and strides and raise RuntimeError with what was expected, what came and what
+to do. What they cannot check without waiting for the device is whether page ids are in range: see `check_page_table`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+
+from flashcore_sglang._load import load_library
+
+NAMES = ("page_table", "plan", "attend", "summarize", "select")
+
+
+@cache
+def library() -> Any:
+    """``torch.ops.flashcore``, loaded on the first call.
+
+    Raises:
+        LibraryError: the compiled library is missing or does not load; the message says what to do.
+    """
+    load_library()
+    for name in NAMES:
+        torch.library.register_fake(f"flashcore::{name}", _fills_its_arguments)
+    return torch.ops.flashcore
+
+
+def _fills_its_arguments(*args: object, **kwargs: object) -> None:
+    """The fake of every op: nothing is returned, so there is no shape to tell."""
+
+
+def page_table(
+    req_to_token: torch.Tensor,
+    req_pool_indices: torch.Tensor,
+    seq_lens: torch.Tensor,
+    page_size: int,
+    kv_indptr: torch.Tensor,
+    kv_indices: torch.Tensor,
+    last_page_len: torch.Tensor,
+) -> None:
+    """Writes the CSR page table of a batch from SGLang's table of token slots.
+
+    Args:
+        req_to_token: int32 ``[requests, context]`` slot of each token; page id = slot // page_size.
+        req_pool_indices: int64 ``[batch]`` rows of ``req_to_token``.
+        seq_lens: int64 ``[batch]`` keys of each request.
+        page_size: keys in a page.
+        kv_indptr: out, int32 ``[batch + 1]``.
+        kv_indices: out, int32, at least as many as the batch has pages.
+        last_page_len: out, int32 ``[batch]``: 1..page_size, 0 for a request without keys.
+    """
+    library().page_table(req_to_token, req_pool_indices, seq_lens, page_size, kv_indptr, kv_indices, last_page_len)
+
+
+def plan(
+    plan: Sequence[torch.Tensor],
+    scratch: torch.Tensor,
+    *,
+    num_tokens: int,
+    num_kv_heads: int,
+    group: int,
+    page_size: int,
+    num_pages: int,
+    rows_per_tile: int,
+    max_partials: int,
+    causal: bool,
+    window_left: int,
+    policy: int,
+    sink_pages: int,
+    recent_pages: int,
+    budget_pages: int,
+    sparse_begin: int,
+    share: bool,
+    split_keys: int,
+) -> None:
+    """Writes rows, tiles, CTA ranges and merge lists from the CSR page table in ``plan``.
+
+    Args:
+        plan: ``Plan.tensors()``; the batch is ``len(plan[0]) - 1``.
+        scratch: int32 ``[Capacity.scratch_size]``, zero before its first use.
+        num_tokens: query tokens of the batch.
+        num_kv_heads, group: KV heads, query heads of each.
+        page_size, num_pages: keys in a page, pages of the pool.
+        rows_per_tile: packed queries of a tile.
+        max_partials: rows of the partial buffers that ``attend`` will be given.
+        causal, window_left: masks; ``window_left`` in keys, negative: off.
+        policy: a ``Policy``.
+        sink_pages, recent_pages, budget_pages: of policies window and topk.
+        sparse_begin: where the lists of sparse rows start in ``kv_indices``.
+        share: pack requests that share pages.
+        split_keys: 0, or the fixed length of a tile in keys.
+    """
+    library().plan(
+        plan,
+        scratch,
+        num_tokens,
+        num_kv_heads,
+        group,
+        page_size,
+        num_pages,
+        rows_per_tile,
+        max_partials,
+        causal,
+        window_left,
+        policy,
+        sink_pages,
+        recent_pages,
+        budget_pages,
+        sparse_begin,
+        share,
+        split_keys,
+    )
+
+
+def attend(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    plan: Sequence[torch.Tensor],
+    partial_o: torch.Tensor,
+    partial_lse: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    *,
+    rows_per_tile: int,
+    sm_scale: float,
+    causal: bool,
+    window_left: int,
+    logits_soft_cap: float,
+    decode: bool,
+    variant: str,
+) -> None:
+    """Attention over a plan, then the merge of its partial results.
+
+    Args:
+        q: ``[tokens, heads, head_dim]`` bf16, fp16 or (CPU) fp32, last dimension contiguous.
+        k_cache, v_cache: ``[pages, page_size, kv_heads, head_dim]``, dtype of q, last dimension contiguous.
+        plan: ``Plan.tensors()`` as the plan op left them.
+        partial_o: scratch, fp32 ``[max_partials, head_dim]``.
+        partial_lse: scratch, fp32 ``[max_partials]``.
+        out: as q, contiguous; zero where a query sees no key.
+        lse: fp32 ``[tokens, heads]`` base 2, -inf where a query sees no key; or None.
+        rows_per_tile: what the plan was made with.
+        sm_scale: factor of the logits.
+        causal, window_left: what the plan was made with.
+        logits_soft_cap: cap * tanh(logit / cap); 0: off.
+        decode: every request has one query token.
+        variant: a name of ``variants.VARIANTS``.
+    """
+    library().attend(
+        q,
+        k_cache,
+        v_cache,
+        plan,
+        partial_o,
+        partial_lse,
+        out,
+        lse,
+        rows_per_tile,
+        sm_scale,
+        causal,
+        window_left,
+        logits_soft_cap,
+        decode,
+        variant,
+    )
+
+
+def summarize(
+    k_cache: torch.Tensor,
+    kv_indptr: torch.Tensor,
+    kv_indices: torch.Tensor,
+    last_page_len: torch.Tensor,
+    first_page: torch.Tensor | None,
+    max_columns: int,
+    summaries: torch.Tensor,
+) -> None:
+    """Writes the mean and the standard deviation of K over each changed page, per KV head and channel.
+
+    Args:
+        k_cache: ``[pages, page_size, kv_heads, head_dim]``.
+        kv_indptr, kv_indices, last_page_len: the CSR page table of the batch, int32.
+        first_page: int32 ``[batch]`` page column of each request from which on pages changed; None: the last one only.
+        max_columns: bound on the pages of a request.
+        summaries: out, ``[pages, 2, kv_heads, head_dim]`` of the dtype of ``k_cache``.
+    """
+    library().summarize(k_cache, kv_indptr, kv_indices, last_page_len, first_page, max_columns, summaries)
+
+
+def select(
+    q: torch.Tensor,
+    summaries: torch.Tensor,
+    plan: Sequence[torch.Tensor],
+    scores: torch.Tensor,
+    *,
+    page_size: int,
+    max_columns: int,
+    sink_pages: int,
+    recent_pages: int,
+    budget_pages: int,
+    sparse_begin: int,
+    std_weight: float,
+) -> None:
+    """Writes the pages that each sparse request and KV head reads into the sparse part of ``kv_indices``.
+
+    Args:
+        q: ``[batch, heads, head_dim]``, one token of each request.
+        summaries: ``[pages, 2, kv_heads, head_dim]`` of ``summarize``.
+        plan: ``Plan.tensors()`` of policy topk.
+        scores: scratch, fp32, at least ``batch * kv_heads * max_columns``.
+        page_size: keys in a page.
+        max_columns: bound on the pages of a request.
+        sink_pages, recent_pages, budget_pages, sparse_begin: what the plan was made with.
+        std_weight: score of a page = max over the group of q.mean + std_weight * |q|.std.
+    """
+    library().select(
+        q,
+        summaries,
+        plan,
+        scores,
+        page_size,
+        max_columns,
+        sink_pages,
+        recent_pages,
+        budget_pages,
+        sparse_begin,
+        std_weight,
+    )
+
+
+def build_info() -> str:
+    """JSON: ``cuda``, ``nvcc``, ``archs``, ``cudart`` and the ``variants`` that were compiled in."""
+    return str(library().build_info())
+
+
+def check_page_table(
+    kv_indptr: torch.Tensor, kv_indices: torch.Tensor, last_page_len: torch.Tensor, page_size: int, num_pages: int
+) -> None:
+    """What ``FLASHCORE_CHECK=1`` adds to a plan: a page table that no kernel would read outside of the pool with.
+
+    It waits for the device.
+
+    Args:
+        kv_indptr: ``[batch + 1]`` pages of each request.
+        kv_indices: page ids, ``kv_indptr[batch]`` or more.
+        last_page_len: ``[batch]`` keys in the last page of each request.
+        page_size: keys in a page.
+        num_pages: pages of the pool.
+
+    Raises:
+        ValueError: with the first wrong entry, what was expected and what to do.
+    """
+    indptr = kv_indptr.cpu().long()
+    lengths = indptr.diff()
+    if indptr[0] != 0 or bool((lengths < 0).any()):
+        raise ValueError(f"kv_indptr: expected 0 followed by numbers that never fall, got {indptr.tolist()}; rebuild it")
+    if indptr[-1] > kv_indices.numel():
+        raise ValueError(
+            f"kv_indices: expected at least kv_indptr[-1] = {int(indptr[-1])} page ids, got {kv_indices.numel()}; rebuild it"
+        )
+    pages = kv_indices[: int(indptr[-1])].cpu()
+    wrong = ((pages < 0) | (pages >= num_pages)).nonzero()
+    if wrong.numel():
+        at = int(wrong[0])
+        raise ValueError(
+            f"kv_indices[{at}]: expected a page id in 0..{num_pages - 1}, got {int(pages[at])}; "
+            "pass the cache that the page table was made for"
+        )
+    last = last_page_len.cpu().long()
+    # A request without pages has no keys, however it spells the length of its last page.
+    wrong = ((lengths > 0) & ((last < 1) | (last > page_size))).nonzero()
+    if wrong.numel():
+        at = int(wrong[0])
+        raise ValueError(f"last_page_len[{at}]: expected 1..{page_size} keys, got {int(last[at])}; rebuild the page table")
