@@ -75,7 +75,8 @@ inline void require_shape(const TensorArg& arg, std::initializer_list<int64_t> e
   size_t dim = 0;
   for (int64_t size : expected) {
     if (!equal) break;
-    equal = size == kAnySize || size == arg.sizes[dim++];
+    equal = size == kAnySize || size == arg.sizes[dim];
+    ++dim;
   }
   if (!equal) {
     fail(arg.op, arg.name, ": expected shape ", shape_text({expected.begin(), expected.size()}), " ", meaning, ", got ",
