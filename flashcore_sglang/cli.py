@@ -128,7 +128,7 @@ def _gpu(sm: str) -> Device:
 
 
 def _this_device() -> tuple[Device, str]:
-    """This machine; where torch or the library is missing a CPU without variants, and the reason."""
+    """The machine at hand; where torch or the library is missing a CPU without variants, and the reason."""
     from flashcore_sglang.variants import Device, device_of
 
     try:

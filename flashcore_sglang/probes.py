@@ -82,9 +82,9 @@ def stub_libraries() -> Iterator[Check]:
         yield Check("LD_LIBRARY_PATH", "warn", detail, "remove the entries, or mount what they name")
 
 
-def loaded_libraries() -> Iterator[Check]:
+def loaded_libraries(memory_map: Path = Path("/proc/self/maps")) -> Iterator[Check]:
     """Which file of each CUDA library this process loaded, beside the ones that lie around."""
-    maps = Path("/proc/self/maps").read_text()
+    maps = memory_map.read_text()
     for name in ("libcudart", "libcublasLt"):
         loaded = sorted(set(re.findall(rf"(/\S*/{name}\.so\S*)", maps)))
         found = [path for folder in search_folders() for path in sorted(folder.glob(f"{name}.so.*"))]

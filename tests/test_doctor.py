@@ -1,0 +1,257 @@
+"""The doctor in broken environments: each one is named, with what to do, and the rest of the report still comes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from flashcore_sglang import compat, doctor, probes
+from flashcore_sglang.probes import Check
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = sysconfig.get_path("purelib")
+
+
+def report(*path: Path | str, **env: str) -> tuple[int, dict[str, Check]]:
+    """Exit status and checks of a doctor that finds packages on ``path`` alone (-S: no site-packages)."""
+    code = "import sys; from flashcore_sglang.cli import main; sys.exit(main(['doctor', '--json']))"
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("FLASHCORE_", "SGLANG_"))}
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code],
+        env={**clean, "PYTHONPATH": os.pathsep.join(map(str, path)), **env},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode in (0, 1), done.stderr
+    shown = json.loads(done.stdout)
+    assert shown["ok"] is (done.returncode == 0)
+    return done.returncode, {check["name"]: Check(**check) for check in shown["checks"]}
+
+
+def package_with(folder: Path, library: bytes | None) -> Path:
+    """A copy of the package by links, with another compiled library."""
+    package = folder / "flashcore_sglang"
+    package.mkdir()
+    for entry in (ROOT / "flashcore_sglang").iterdir():
+        if entry.name not in ("_C.so", "__pycache__"):
+            (package / entry.name).symlink_to(entry)
+    if library is not None:
+        (package / "_C.so").write_bytes(library)
+    return folder
+
+
+def distribution(folder: Path, name: str, version: str, entry_points: str = "") -> Path:
+    """The metadata of an installed distribution, and an empty package of its name."""
+    info = folder / f"{name}-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    (info / "entry_points.txt").write_text(entry_points)
+    (folder / name).mkdir()
+    (folder / name / "__init__.py").write_text("")
+    return folder
+
+
+def module(folder: Path, name: str, code: str) -> Path:
+    (folder / f"{name}.py").write_text(code)
+    return folder
+
+
+def test_nothing_is_installed() -> None:
+    status, checks = report(ROOT)
+    assert status == 1
+    assert checks["torch"] == Check("torch", "fail", "not installed", "pip install 'torch>=2.11,<2.16'")
+    assert checks["extension"].status == "skip"
+    assert checks["sglang"].status == "warn"
+    assert checks["sglang"].fix == "pip install 'sglang>=0.5.17,<=0.5.23'"
+    assert checks["configuration"].status == "fail"  # pydantic and PyYAML are missing, too
+    assert "No module named" in checks["configuration"].detail
+    assert checks["self-test"].status == "skip"
+    assert checks["python"].status == "ok"
+
+
+def test_torch_does_not_import(tmp_path: Path) -> None:
+    broken = module(tmp_path, "torch", "raise ImportError('libtorch_cpu.so: cannot open shared object file')")
+    status, checks = report(broken, ROOT)
+    assert status == 1
+    assert checks["torch"].status == "fail"
+    assert "libtorch_cpu.so: cannot open shared object file" in checks["torch"].detail
+    assert "--force-reinstall" in checks["torch"].fix
+    assert checks["sglang"].status == "warn", "the probes after the failed one ran"
+
+
+@pytest.mark.parametrize("version, expected", [("2.10.1", "fail"), ("2.11.0+cu130", "ok"), ("2.16.0", "warn")])
+def test_torch_range(version: str, expected: str, tmp_path: Path) -> None:
+    fake = f"""
+import types
+__version__ = {version!r}
+version = types.SimpleNamespace(cuda=None)
+cuda = types.SimpleNamespace(is_available=lambda: False)
+ops = types.SimpleNamespace(flashcore=object())
+def get_num_threads(): return 2
+"""
+    _, checks = report(module(tmp_path, "torch", fake), package_with(tmp_path, None))
+    assert checks["torch"].status == expected
+    assert version in checks["torch"].detail
+    assert checks["extension"].status == "fail"
+    assert "expected the compiled library _C.so" in checks["extension"].detail
+
+
+def test_ranges_are_those_of_the_package() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    assert f"torch>={doctor.TORCH_OLDEST},<{doctor.TORCH_BELOW}" in text
+    assert f"sglang>={compat.OLDEST},<={compat.NEWEST}" in text
+    for group, name in doctor.ENTRY_POINTS.items():
+        assert re.search(rf'entry-points."{re.escape(group)}"\]\n{name} =', text)
+
+
+@pytest.mark.parametrize("damage", ["garbage", "truncated"])
+def test_damaged_library(damage: str, tmp_path: Path) -> None:
+    from flashcore_sglang._load import library_path
+
+    library = b"not a library" * 100 if damage == "garbage" else library_path().read_bytes()[:20000]
+    status, checks = report(package_with(tmp_path, library), PACKAGES)
+    assert status == 1
+    assert checks["extension"].status == "fail"
+    assert str(tmp_path / "flashcore_sglang" / "_C.so") in checks["extension"].detail
+    assert checks["extension"].fix
+    assert checks["self-test"] == Check("self-test", "skip", "needs the extension")
+    assert checks["config"].status == "ok"
+
+
+@pytest.mark.parametrize(
+    "version, expected", [("0.5.16", "fail"), ("0.5.17", "ok"), ("0.5.23", "ok"), ("0.6.0", "fail")]
+)
+def test_sglang_range(version: str, expected: str, tmp_path: Path) -> None:
+    status, checks = report(distribution(tmp_path, "sglang", version), ROOT)
+    assert status == 1  # there is no torch
+    assert checks["sglang"].status == expected
+    assert checks["sglang"].detail == f"{version} (supported: 0.5.17 to 0.5.23)"
+    assert checks["entry point flashcore"].status == "fail", "SGLang is there and does not see the plugin"
+
+
+REGISTERED = "[sglang.srt.plugins]\nflashcore = x:y\n[sglang.srt.platforms]\nflashcore_cpu = x:z\n"
+
+
+@pytest.mark.parametrize(
+    "env, expected",
+    [
+        ({}, ("ok", "ok")),
+        ({"SGLANG_PLUGINS": "flashcore,flashcore_cpu"}, ("ok", "ok")),
+        ({"SGLANG_PLUGINS": "flashcore"}, ("ok", "warn")),
+        ({"SGLANG_PLUGINS": "__none__"}, ("warn", "warn")),
+    ],
+)
+def test_entry_points(env: dict[str, str], expected: tuple[str, str], tmp_path: Path) -> None:
+    _, checks = report(distribution(tmp_path, "other", "1.0", REGISTERED), ROOT, **env)
+    found = [checks["entry point flashcore"], checks["entry point flashcore_cpu"]]
+    assert tuple(check.status for check in found) == expected
+    assert all(check.fix.startswith("unset SGLANG_PLUGINS") for check in found if check.status == "warn")
+
+
+def test_bad_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASHCORE_POLICI", "topk")
+    (check,) = doctor.configuration()
+    assert check.status == "fail"
+    assert "FLASHCORE_POLICI; did you mean FLASHCORE_POLICY?" in check.detail
+
+
+def test_configuration_names_what_was_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASHCORE_CONFIG", "wmma")
+    assert list(doctor.configuration()) == [Check("config", "ok", "variant=wmma_sm80 (preset wmma)")]
+
+
+def test_a_probe_that_raises_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    def some_probe() -> list[Check]:
+        raise RuntimeError("first line\nsecond line")
+
+    monkeypatch.setattr(doctor, "PROBES", (some_probe, probes.python))
+    failed, after = doctor.diagnose()
+    assert failed.name == "some probe"
+    assert (failed.status, failed.detail) == ("fail", "RuntimeError: first line second line")
+    assert after.name == "python"
+
+
+def program(folder: Path, name: str, script: str) -> None:
+    path = folder / name
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+
+
+def test_toolchain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program(tmp_path, "nvcc", "echo 'Cuda compilation tools, release 12.4, V12.4.131'")
+    program(tmp_path, "g++", "echo 'g++ (Debian) 12.2.0'")
+    program(tmp_path, "cmake", "echo 'libssl.so: cannot open' >&2; exit 127")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    nvcc, gxx, cmake, ninja = probes.toolchain()
+    assert (nvcc.status, nvcc.fix) == ("warn", "install the CUDA toolkit 13 to build from source")
+    assert (gxx.status, gxx.detail) == ("ok", f"12.2.0 ({tmp_path}/g++)")
+    assert (cmake.status, cmake.detail) == ("warn", f"{tmp_path}/cmake --version: exit 127, libssl.so: cannot open")
+    assert ninja.status == "skip"
+
+
+def test_stub_libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stubs = tmp_path / "lib64" / "stubs"
+    stubs.mkdir(parents=True)
+    (stubs / "libcuda.so").touch()
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setenv("LD_LIBRARY_PATH", "")
+    (found,) = probes.stub_libraries()
+    assert found.status == "ok"
+    assert str(stubs / "libcuda.so") in found.detail
+    monkeypatch.setenv("LD_LIBRARY_PATH", f"{stubs}:{tmp_path}/gone:")
+    on_path, dangling = probes.stub_libraries()
+    assert on_path.status == "fail"
+    assert f"remove {stubs} from LD_LIBRARY_PATH" in on_path.fix
+    assert (dangling.status, dangling.detail) == ("warn", f"no such folder: {tmp_path}/gone")
+
+
+def test_loaded_libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    maps = tmp_path / "maps"
+    row = "7f00-7f01 r-xp 00000000 08:01 42   {}\n"
+    loaded = tmp_path / "env" / "libcudart.so.13"
+    other = tmp_path / "old" / "libcudart.so.12"
+    for library in (loaded, other):
+        library.parent.mkdir()
+        library.touch()
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(loaded.parent))
+    maps.write_text(row.format(loaded) * 2)
+    cudart, cublaslt = probes.loaded_libraries(maps)
+    assert (cudart.status, cudart.fix) == ("ok", "")
+    assert str(loaded) in cudart.detail
+    assert cublaslt.status == "skip"
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(other.parent))
+    cudart, _ = probes.loaded_libraries(maps)
+    assert cudart.status == "warn"
+    assert cudart.fix.startswith(f"MISMATCH: LD_LIBRARY_PATH names {other}")
+    maps.write_text(row.format(loaded) + row.format(other))
+    cudart, _ = probes.loaded_libraries(maps)
+    assert cudart.fix.startswith("MISMATCH: two copies in one process")
+
+
+def test_self_test_fails_on_wrong_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flashcore_sglang.paged_attention import PagedAttention
+
+    right = PagedAttention.run
+    monkeypatch.setattr(PagedAttention, "run", lambda self, *args, **kwargs: right(self, *args, **kwargs) + 1e-2)
+    checks = [check for check in doctor.self_test() if "max error" in check.detail]
+    assert checks
+    assert {check.status for check in checks} == {"fail"}
+    assert all("report it" in check.fix for check in checks)
+
+
+def test_healthy_machine() -> None:
+    checks = {check.name: check for check in doctor.diagnose()}
+    assert [check for check in checks.values() if check.status == "fail"] == []
+    assert checks["variant cpu"].status == "ok"
+    for name in ("self-test cpu decode", "self-test cpu prefill"):
+        assert checks[name].status == "ok"
+    read, dense = map(int, re.findall(r"\d+", checks["self-test cpu shared prefix"].detail))
+    assert (read, dense) == (64 + 8, 8 * 65)
