@@ -48,6 +48,7 @@ struct Builder {
     const int32_t num_rows = packed.first + own.first, num_merge = own.second;
     if (num_rows > plan.max_rows || packed.second > plan.max_row_tokens || num_merge > plan.max_merge) return give_up();
     if (share) write_node_rows();
+    if (p.policy == Policy::window) write_window_lists();
     write_tokens(plan.qo_indptr[p.batch], num_merge);
     cut_tiles(num_rows, packed.first);
   }
@@ -113,6 +114,17 @@ struct Builder {
             dense_row(p, request_of(p, owner), owner, s.node_token[node] + first, count,
                       s.chain_begin[node] * p.page_size, s.chain_end[node] * p.page_size, kPacked);
       }
+    });
+  }
+
+  FLASHCORE_HD void write_window_lists() {
+    const int32_t pages = sparse_pages(p);
+    team.for_each(p.batch * pages, [&](int32_t i) {
+      const int32_t r = i / pages, k = i % pages;
+      const Request request = request_of(p, r);
+      if (!is_sparse(p, request)) return;
+      const int32_t column = k < p.sink_pages ? k : request.pages - pages + k;
+      p.plan.kv_indices[list_begin(p, r) + k] = p.plan.kv_indices[request.page_begin + column];
     });
   }
 

@@ -44,17 +44,23 @@ FLASHCORE_HD Request request_of(const PlanParams& p, int32_t r) {
   return {q_begin, p.plan.qo_indptr[r + 1] - q_begin, page_begin, pages, kv_len};
 }
 
-// Whether the page table and the tokens are inside their buffers; nothing of them may be read otherwise.
-FLASHCORE_HD bool batch_fits(const PlanParams& p) {
-  const int32_t pages = p.plan.kv_indptr[p.batch];
-  return pages <= p.plan.max_pages && pages <= p.sparse_begin && p.plan.qo_indptr[p.batch] <= p.num_tokens;
-}
-
 FLASHCORE_HD int32_t tokens_per_row(const PlanParams& p) { return p.plan.rows_per_tile / p.group; }
 
 // Pages a sparse row reads, whatever the request's length.
 FLASHCORE_HD int32_t sparse_pages(const PlanParams& p) {
   return p.policy == Policy::topk ? p.budget_pages : p.sink_pages + p.recent_pages;
+}
+
+// Where a request's page lists start; topk has one for each KV head.
+FLASHCORE_HD int32_t list_begin(const PlanParams& p, int32_t r) {
+  return p.sparse_begin + r * sparse_pages(p) * (p.policy == Policy::topk ? p.num_kv_heads : 1);
+}
+
+// Whether page table, page lists and tokens are inside their buffers; nothing of them may be read otherwise.
+FLASHCORE_HD bool batch_fits(const PlanParams& p) {
+  const int32_t dense_end = p.plan.kv_indptr[p.batch];
+  const int32_t lists_end = p.policy == Policy::exact ? dense_end : list_begin(p, p.batch);
+  return dense_end <= p.sparse_begin && lists_end <= p.plan.max_pages && p.plan.qo_indptr[p.batch] <= p.num_tokens;
 }
 
 FLASHCORE_HD bool is_sparse(const PlanParams& p, const Request& request) {
@@ -89,12 +95,12 @@ FLASHCORE_HD Row own_row(const PlanParams& p, const Request& request, int32_t r,
 
 // The row of a request that reads a page list: its position is that of the newest keys, so that masks hide none.
 FLASHCORE_HD Row sparse_row(const PlanParams& p, const Request& request, int32_t r) {
-  const int32_t pages = sparse_pages(p), heads = p.policy == Policy::topk ? p.num_kv_heads : 1;
+  const int32_t pages = sparse_pages(p);
   const int32_t kv_len = (pages - 1) * p.page_size + p.plan.last_page_len[r];
   return {.q_begin = request.q_begin,
           .q_count = 1,
           .flags = kSole,
-          .page_begin = p.sparse_begin + r * heads * pages,
+          .page_begin = list_begin(p, r),
           .head_stride = p.policy == Policy::topk ? pages : 0,
           .kv_len = kv_len,
           .kv_pos = request.kv_len - kv_len,

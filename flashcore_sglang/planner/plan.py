@@ -13,7 +13,7 @@ import torch
 SPLIT_UNIT = 64  # keys; kSplitUnit in csrc/params.h
 ROW_FIELDS = 8  # int32 fields of struct Row
 TILE_FIELDS = 4  # int32 fields of struct Tile
-MAX_LEVELS = 4  # packed rows that a request is in at most; kMaxLevels in csrc/plan/share.h
+MAX_LEVELS = 4  # packed rows that a request is in at most; kMaxLevels in csrc/plan/scratch.h
 
 
 class Policy(IntEnum):
@@ -123,10 +123,9 @@ class Capacity:
 
     @property
     def scratch_size(self) -> int:
-        """int32 entries the planner works in; csrc/plan/schedule.h lays them out."""
-        slots = MAX_LEVELS * self.batch
-        sharing = 2 * self.num_pages + 6 * slots + 3 * self.batch if self.packs else 0
-        return sharing + 2 * (self.max_rows + 1) + 2
+        """int32 entries the planner works in: csrc/plan/scratch.h."""
+        sharing = 2 * self.num_pages + (3 + 7 * MAX_LEVELS) * self.batch if self.packs else 0
+        return 2 * (self.max_rows + 1) + 2 * self.batch + sharing
 
 
 @dataclass

@@ -1,0 +1,302 @@
+"""Batches for the planner as plain lists, and the laws that every plan of them obeys.
+
+The laws are checked in Python over the finished plan, with no arithmetic of the planner: rows cover every visible key of
+every token once, tiles partition rows, CTAs partition tiles evenly, merge lists are complete and in the order of the keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from flashcore_sglang import ops
+from flashcore_sglang.planner.plan import SPLIT_UNIT, Capacity, Count, Plan, Policy
+
+PACKED, SOLE = 1, 2
+MIN_UNITS, BASE_COST = 2, 4  # csrc/plan/schedule.h
+
+
+@dataclass
+class Batch:
+    """One call of the planner. ``tables[r]`` holds the page ids of request r, ``kv_lens[r]`` its keys."""
+
+    tables: list[list[int]]
+    kv_lens: list[int]
+    q_lens: list[int] = field(default_factory=list)  # default: one query token each
+    page_size: int = 16
+    num_kv_heads: int = 2
+    group: int = 4
+    rows_per_tile: int = 16
+    num_ctas: int = 8
+    causal: bool = True
+    window_left: int = -1
+    policy: Policy = Policy.EXACT
+    sink_pages: int = 1
+    recent_pages: int = 2
+    budget_pages: int = 5
+    share: bool = True
+    split_keys: int = 0
+
+    def __post_init__(self) -> None:
+        self.q_lens = self.q_lens or [1] * len(self.tables)
+        for table, length in zip(self.tables, self.kv_lens, strict=True):
+            assert len(table) == -(-length // self.page_size), "a table has a page for every key"
+
+    @property
+    def size(self) -> int:
+        return len(self.tables)
+
+    @property
+    def num_pages(self) -> int:
+        return 1 + max((page for table in self.tables for page in table), default=0)
+
+    def sparse(self, r: int) -> int:
+        """Pages the request's sparse row reads; 0: its rows are dense."""
+        pages = {
+            Policy.EXACT: 0,
+            Policy.WINDOW: self.sink_pages + self.recent_pages,
+            Policy.TOPK: self.budget_pages,
+        }[self.policy]
+        return pages if pages and self.q_lens[r] == 1 and len(self.tables[r]) > pages else 0
+
+    def capacity(self, **changes: int) -> Capacity:
+        lists = self.budget_pages * self.num_kv_heads if self.policy is Policy.TOPK else self.sink_pages + self.recent_pages
+        sizes = {
+            "batch": self.size,
+            "tokens": sum(self.q_lens),
+            "pages": sum(map(len, self.tables)),
+            "num_pages": self.num_pages,
+            "num_kv_heads": self.num_kv_heads,
+            "group": self.group,
+            "rows_per_tile": self.rows_per_tile,
+            "num_ctas": self.num_ctas,
+            "sparse_pages": 0 if self.policy is Policy.EXACT else self.size * lists,
+            "page_size": self.page_size,
+            "split_keys": self.split_keys,
+        }
+        return Capacity(**{**sizes, **changes}, share=self.share)
+
+    def load(self, plan: Plan) -> None:
+        """Writes the page table into ``plan``."""
+        device = plan.counts.device
+        plan.batch = self.size
+
+        def fill(buffer: torch.Tensor, values: list[int]) -> None:
+            buffer[: len(values)].copy_(torch.tensor(values, dtype=torch.int32, device=device))
+
+        fill(plan.qo_indptr, cumulative(self.q_lens))
+        fill(plan.kv_indptr, cumulative([len(table) for table in self.tables]))
+        fill(plan.kv_indices, [page for table in self.tables for page in table])
+        fill(plan.last_page_len, [(n - 1) % self.page_size + 1 if n else 0 for n in self.kv_lens])
+
+    def run(self, plan: Plan, num_tokens: int | None = None) -> None:
+        """Runs the plan op on a loaded ``plan``."""
+        c = plan.capacity
+        ops.plan(
+            plan.tensors(),
+            plan.scratch,
+            num_tokens=sum(self.q_lens) if num_tokens is None else num_tokens,
+            num_kv_heads=self.num_kv_heads,
+            group=self.group,
+            page_size=self.page_size,
+            num_pages=c.num_pages,
+            rows_per_tile=self.rows_per_tile,
+            max_partials=c.max_partials,
+            causal=self.causal,
+            window_left=self.window_left,
+            policy=int(self.policy),
+            sink_pages=self.sink_pages,
+            recent_pages=self.recent_pages,
+            budget_pages=self.budget_pages,
+            sparse_begin=c.pages,
+            share=self.share,
+            split_keys=self.split_keys,
+        )
+
+    def plan(self, device: str = "cpu", **changes: int) -> Plan:
+        plan = Plan.allocate(self.capacity(**changes), device)
+        self.load(plan)
+        self.run(plan)
+        return plan
+
+
+def cumulative(values: list[int]) -> list[int]:
+    total = [0]
+    for value in values:
+        total.append(total[-1] + value)
+    return total
+
+
+@dataclass
+class RowView:
+    tokens: list[int]
+    flags: int
+    page_begin: int
+    head_stride: int
+    kv_len: int
+    kv_pos: int
+
+
+@dataclass
+class PlanView:
+    """A plan as Python numbers, cut to what is in use."""
+
+    counts: list[int]
+    rows: list[RowView]
+    tiles: list[list[int]]
+    tile_indptr: list[int]
+    cta_indptr: list[int]
+    merge: list[list[tuple[int, int]]]  # of each token
+    positions: list[int]
+    kv_indices: list[int]
+
+    @classmethod
+    def of(cls, plan: Plan, batch: Batch) -> PlanView:
+        counts = plan.counts.tolist()
+        num_rows, num_tiles = counts[Count.NUM_ROWS], counts[Count.NUM_TILES]
+        num_tokens = sum(batch.q_lens)
+        row_tokens = plan.row_tokens.tolist()
+        rows = []
+        for q_begin, q_count, flags, page_begin, head_stride, kv_len, kv_pos, _ in plan.rows[:num_rows].tolist():
+            tokens = list(range(q_begin, q_begin + q_count))
+            if flags & PACKED:
+                tokens = [row_tokens[i] for i in tokens]
+            rows.append(RowView(tokens, flags, page_begin, head_stride, kv_len, kv_pos))
+        indptr = plan.merge_indptr[: num_tokens + 1].tolist()
+        entries = [tuple(entry) for entry in plan.merge_rows[: indptr[-1]].tolist()]
+        return cls(
+            counts=counts,
+            rows=rows,
+            tiles=plan.tiles[:num_tiles].tolist(),
+            tile_indptr=plan.tile_indptr[: num_rows * batch.num_kv_heads + 1].tolist(),
+            cta_indptr=plan.cta_indptr.tolist(),
+            merge=[entries[indptr[t] : indptr[t + 1]] for t in range(num_tokens)],
+            positions=plan.positions[:num_tokens].tolist(),
+            kv_indices=plan.kv_indices.tolist(),
+        )
+
+
+def check_plan(plan: Plan, batch: Batch) -> PlanView:
+    """Raises AssertionError where the plan breaks a law; returns it as numbers."""
+    view = PlanView.of(plan, batch)
+    assert view.counts[Count.OVERFLOW] == 0, "the capacity was made for this batch"
+    assert view.counts[Count.NUM_ROWS] <= plan.capacity.max_rows
+    check_coverage(view, batch)
+    check_tiles(view, batch, plan.capacity)
+    check_ctas(view, batch)
+    check_counts(view, batch)
+    if plan.capacity.packs:
+        assert not plan.scratch[-2 * plan.capacity.num_pages :].any(), "owners and counts are left at zero"
+    return view
+
+
+def check_coverage(view: PlanView, batch: Batch) -> None:
+    listed = set()
+    token = 0
+    for r, (table, kv_len, q_len) in enumerate(zip(batch.tables, batch.kv_lens, batch.q_lens, strict=True)):
+        for i in range(q_len):
+            position = kv_len - q_len + i
+            assert view.positions[token] == position
+            end = min(kv_len, position + 1) if batch.causal else kv_len
+            begin = max(0, position - batch.window_left) if batch.window_left >= 0 else 0
+            entries = view.merge[token]
+            assert entries, f"token {token} is in a row"
+            for row_index, i_token in entries:
+                assert view.rows[row_index].tokens[i_token] == token
+                assert (row_index, i_token) not in listed
+                listed.add((row_index, i_token))
+            rows = [view.rows[row_index] for row_index, _ in entries]
+            assert all(bool(row.flags & SOLE) == (len(rows) == 1) for row in rows)
+            if batch.sparse(r):
+                check_sparse_row(view, batch, r, rows)
+            elif begin < end:
+                assert rows[0].kv_pos <= begin, "the first visible key is read"
+                assert rows[-1].kv_pos + rows[-1].kv_len >= end, "the last visible key is read"
+                for before, after in zip(rows, rows[1:], strict=False):
+                    assert before.kv_pos + before.kv_len == after.kv_pos, "rows follow each other along the keys"
+                for row in rows:
+                    assert row.kv_pos % batch.page_size == 0
+                    assert row.kv_pos + row.kv_len <= kv_len
+                    assert row.head_stride == 0
+                    columns = slice(row.kv_pos // batch.page_size, -(-(row.kv_pos + row.kv_len) // batch.page_size))
+                    pages = table[columns]
+                    assert view.kv_indices[row.page_begin : row.page_begin + len(pages)] == pages
+            token += 1
+    assert len(listed) == sum(len(row.tokens) for row in view.rows), "no row holds a token that does not merge it"
+
+
+def check_sparse_row(view: PlanView, batch: Batch, r: int, rows: list[RowView]) -> None:
+    (row,) = rows
+    table, kv_len, pages = batch.tables[r], batch.kv_lens[r], batch.sparse(r)
+    last_page_len = (kv_len - 1) % batch.page_size + 1
+    assert row.kv_len == (pages - 1) * batch.page_size + last_page_len
+    assert row.kv_pos + row.kv_len == kv_len
+    dense_end = sum(map(len, batch.tables))
+    assert row.page_begin >= dense_end, "lists stand behind the dense table"
+    if batch.policy is Policy.WINDOW:
+        assert row.head_stride == 0
+        chosen = view.kv_indices[row.page_begin : row.page_begin + pages]
+        assert chosen == table[: batch.sink_pages] + table[len(table) - batch.recent_pages :]
+    else:
+        assert row.head_stride == pages
+        assert row.page_begin == dense_end + r * batch.num_kv_heads * pages
+
+
+def check_tiles(view: PlanView, batch: Batch, capacity: Capacity) -> None:
+    assert view.tile_indptr[0] == 0
+    assert view.tile_indptr[-1] == len(view.tiles) == view.counts[Count.NUM_TILES] <= capacity.max_tiles
+    used: list[tuple[int, int]] = []
+    for pair in range(len(view.rows) * batch.num_kv_heads):
+        row = view.rows[pair // batch.num_kv_heads]
+        tiles = view.tiles[view.tile_indptr[pair] : view.tile_indptr[pair + 1]]
+        assert tiles, "every pair has a tile"
+        assert [tile[0] for tile in tiles] == [pair] * len(tiles)
+        begins, ends = [tile[1] for tile in tiles], [tile[2] for tile in tiles]
+        assert [*begins, row.kv_len] == [0, *ends], "tiles partition the row's keys"
+        assert all(begin % SPLIT_UNIT == 0 for begin in begins)
+        assert row.kv_len == 0 or all(begin < end for begin, end in zip(begins, ends, strict=True))
+        if batch.split_keys and len(tiles) > 1:
+            assert all(end - begin == batch.split_keys for begin, end in zip(begins[:-1], ends[:-1], strict=True))
+        packed = len(row.tokens) * batch.group
+        assert packed <= batch.rows_per_tile
+        direct = len(tiles) == 1 and bool(row.flags & SOLE)
+        for tile in tiles:
+            assert (tile[3] == -1) == direct
+            if not direct:
+                used.append((tile[3], tile[3] + packed))
+    used.sort()
+    assert all(a[1] <= b[0] for a, b in zip(used, used[1:], strict=False)), "partials are disjoint"
+    total = used[-1][1] if used else 0
+    assert (used[0][0] if used else 0) >= 0
+    assert view.counts[Count.NUM_PARTIALS] == total <= capacity.max_partials
+
+
+def unit_cost(packed: int) -> int:
+    return BASE_COST if packed <= 16 else BASE_COST + (packed - 1) // 16
+
+
+def check_ctas(view: PlanView, batch: Batch) -> None:
+    indptr = view.cta_indptr
+    assert indptr[0] == 0
+    assert indptr[-1] == len(view.tiles)
+    assert all(a <= b for a, b in zip(indptr, indptr[1:], strict=False))
+    if batch.split_keys or not view.tiles:
+        return
+    costs, weights = [], []
+    for pair, begin, end, _ in view.tiles:
+        weight = unit_cost(len(view.rows[pair // batch.num_kv_heads].tokens) * batch.group)
+        weights.append(weight)
+        costs.append(max(1, -(-(end - begin) // SPLIT_UNIT)) * weight)
+    # The line also holds one unit of start-up for each pair.
+    total = sum(costs) + sum(unit_cost(len(row.tokens) * batch.group) for row in view.rows) * batch.num_kv_heads
+    shares = min(batch.num_ctas, max(1, total // (MIN_UNITS * BASE_COST)))
+    for begin, end in zip(indptr, indptr[1:], strict=False):
+        assert sum(costs[begin:end]) <= total / shares + max(weights), "no CTA has more than its share and a unit"
+
+
+def check_counts(view: PlanView, batch: Batch) -> None:
+    counts = view.counts
+    assert counts[Count.PAGES_DENSE] == sum(map(len, batch.tables))
+    assert counts[Count.PAGES_READ] == sum(-(-row.kv_len // batch.page_size) for row in view.rows)
+    assert counts[Count.ROWS_PACKED] == sum(bool(row.flags & PACKED) for row in view.rows)
