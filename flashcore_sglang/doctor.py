@@ -27,12 +27,12 @@ INSTALL = "pip install flashcore-sglang, or in a checkout pip install --no-build
 def diagnose() -> list[Check]:
     """Runs every probe. One that raises becomes a failed check; the others run all the same."""
     checks: list[Check] = []
-    for probe in PROBES:
+    for name, probe in PROBES.items():
         try:
             checks.extend(probe())
         except Exception as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
-            checks.append(Check(probe.__name__.replace("_", " "), "fail", reason, "see the checks before this one"))
+            checks.append(Check(name, "fail", reason, "see the checks before this one"))
     return checks
 
 
@@ -188,21 +188,21 @@ def self_test() -> Iterator[Check]:
                 yield Check(f"self-test {device} shared prefix", "ok" if shares else "fail", saved, fix)
 
 
-PROBES: tuple[Callable[[], Iterable[Check]], ...] = (
-    probes.python,
-    probes.toolchain,
-    probes.stub_libraries,
-    torch_package,  # before the probes that look at what it loads
-    probes.driver,
-    probes.loaded_libraries,
-    probes.cublaslt,
-    extension,
-    variants,
-    sglang,
-    entry_points,
-    configuration,
-    self_test,
-)
+PROBES: dict[str, Callable[[], Iterable[Check]]] = {
+    "python": probes.python,
+    "toolchain": probes.toolchain,
+    "stub libraries": probes.stub_libraries,
+    "torch": torch_package,  # before the probes that look at what it loads
+    "driver": probes.driver,
+    "loaded libraries": probes.loaded_libraries,
+    "cublaslt": probes.cublaslt,
+    "extension": extension,
+    "variants": variants,
+    "sglang": sglang,
+    "entry points": entry_points,
+    "config": configuration,
+    "self-test": self_test,
+}
 
 
 def _devices() -> list[str]:

@@ -196,12 +196,12 @@ def unfit(variant: Variant, shape: Shape) -> str | None:
         (not missing, f"only {_any_of(variant.features)}", _any_of(missing)),
     )
     reasons = [f"requires {required}, got {got}" for ok, required, got in checks if not ok]
-    return "; ".join(reasons) or None
+    return " and ".join(reasons) or None
 
 
 def why_not(variant: Variant, shape: Shape, device: Device) -> str | None:
     """Why ``variant`` cannot compute ``shape`` on ``device``: every reason, with what is required and what came."""
-    return "; ".join(reason for reason in (unavailable(variant, device), unfit(variant, shape)) if reason) or None
+    return " and ".join(reason for reason in (unavailable(variant, device), unfit(variant, shape)) if reason) or None
 
 
 def choose(shape: Shape, device: Device, forced: str = "auto") -> Choice:

@@ -112,7 +112,7 @@ def test_bench_has_the_rest_of_the_line(monkeypatch: pytest.MonkeyPatch) -> None
 def test_doctor_status(
     status: doctor.Status, exit_status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(doctor, "PROBES", (lambda: [Check("one", status, "what it saw", "what to do")],))
+    monkeypatch.setattr(doctor, "PROBES", {"one": lambda: [Check("one", status, "what it saw", "what to do")]})
     assert cli.main(["doctor"]) == exit_status
     assert "what it saw" in (text := capsys.readouterr().out)
     assert "-> what to do" in text

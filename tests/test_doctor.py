@@ -29,6 +29,7 @@ def report(*path: Path | str, **env: str) -> tuple[int, dict[str, Check]]:
         capture_output=True,
         text=True,
         timeout=120,
+        cwd="/",
     )
     assert done.returncode in (0, 1), done.stderr
     shown = json.loads(done.stdout)
@@ -71,8 +72,8 @@ def test_nothing_is_installed() -> None:
     assert checks["extension"].status == "skip"
     assert checks["sglang"].status == "warn"
     assert checks["sglang"].fix == "pip install 'sglang>=0.5.17,<=0.5.23'"
-    assert checks["configuration"].status == "fail"  # pydantic and PyYAML are missing, too
-    assert "No module named" in checks["configuration"].detail
+    assert checks["config"].status == "fail"  # pydantic and PyYAML are missing, too
+    assert "No module named" in checks["config"].detail
     assert checks["self-test"].status == "skip"
     assert checks["python"].status == "ok"
 
@@ -172,7 +173,7 @@ def test_a_probe_that_raises_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> No
     def some_probe() -> list[Check]:
         raise RuntimeError("first line\nsecond line")
 
-    monkeypatch.setattr(doctor, "PROBES", (some_probe, probes.python))
+    monkeypatch.setattr(doctor, "PROBES", {"some probe": some_probe, "python": probes.python})
     failed, after = doctor.diagnose()
     assert failed.name == "some probe"
     assert (failed.status, failed.detail) == ("fail", "RuntimeError: first line second line")

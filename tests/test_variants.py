@@ -107,7 +107,7 @@ REFUSED = [
         replace(LLAMA, page_size=5, head_dim=256),
         H200,
         "wgmma_sm90",
-        "head_dim 64|128, got 256; requires page_size",
+        "head_dim 64|128, got 256 and requires page_size",
     ),
     (
         "forced, not compiled",
