@@ -47,6 +47,7 @@ enum Count : int32_t {
   kPagesDense = 4,  // pages the requests hold: what reading every request by itself would read
   kRowsPacked = 5,
   kOverflow = 6,  // 1: a capacity was exceeded and the plan is not usable
+  kNextTile = 7,  // cursor of kernels that take tiles one by one; 0 between launches
   kNumCounts = 8
 };
 

@@ -31,8 +31,9 @@ struct PagedCache {
   int64_t stride_page, stride_token, stride_head;  // in elements; multiples of 8, base 16-byte aligned
 };
 
-// The map for boxes of box_tokens tokens (of one page and head) x box_slabs * 64 elements.
-inline cudaError_t make_cache_map(CUtensorMap* map, const PagedCache& cache, int box_tokens, int box_slabs) {
+// Encodes a map of 16-bit elements in boxes of 128-byte rows; strides (of dimensions 1 to 4) in elements.
+inline cudaError_t make_map(CUtensorMap* map, const void* base, DType dtype, const cuuint64_t (&sizes)[5],
+                            const int64_t (&strides)[4], const cuuint32_t (&box)[5]) {
   // The driver is reached through the runtime, so that nothing links against libcuda.
   using Encode = decltype(&cuTensorMapEncodeTiled);
   static const Encode encode = [] {
@@ -44,19 +45,39 @@ inline cudaError_t make_cache_map(CUtensorMap* map, const PagedCache& cache, int
   }();
   if (encode == nullptr) return cudaErrorCallRequiresNewerDriver;
 
-  constexpr cuuint64_t kBytes = 2;
-  const cuuint64_t sizes[5] = {kSlab, static_cast<cuuint64_t>(cache.page_size),
-                               static_cast<cuuint64_t>(cache.head_dim / kSlab),
-                               static_cast<cuuint64_t>(cache.num_heads), static_cast<cuuint64_t>(cache.num_pages)};
-  const cuuint64_t strides[4] = {cache.stride_token * kBytes, kSlab * kBytes, cache.stride_head * kBytes,
-                                 cache.stride_page * kBytes};
-  const cuuint32_t box[5] = {kSlab, static_cast<cuuint32_t>(box_tokens), static_cast<cuuint32_t>(box_slabs), 1, 1};
+  cuuint64_t bytes[4];
+  for (int i = 0; i < 4; ++i) bytes[i] = static_cast<cuuint64_t>(strides[i]) * 2;
   const cuuint32_t element_strides[5] = {1, 1, 1, 1, 1};
-  const auto type = cache.dtype == DType::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  const CUresult result = encode(map, type, 5, const_cast<void*>(cache.base), sizes, strides, box, element_strides,
+  const auto type = dtype == DType::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  const CUresult result = encode(map, type, 5, const_cast<void*>(base), sizes, bytes, box, element_strides,
                                  CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                                  CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+// The map for boxes of box_tokens tokens (of one page and head) x box_slabs * 64 elements.
+inline cudaError_t make_cache_map(CUtensorMap* map, const PagedCache& cache, int box_tokens, int box_slabs) {
+  return make_map(map, cache.base, cache.dtype,
+                  {kSlab, static_cast<cuuint64_t>(cache.page_size), static_cast<cuuint64_t>(cache.head_dim / kSlab),
+                   static_cast<cuuint64_t>(cache.num_heads), static_cast<cuuint64_t>(cache.num_pages)},
+                  {cache.stride_token, kSlab, cache.stride_head, cache.stride_page},
+                  {kSlab, static_cast<cuuint32_t>(box_tokens), static_cast<cuuint32_t>(box_slabs), 1, 1});
+}
+
+struct Queries {
+  const void* base;
+  DType dtype;
+  int head_dim, num_kv_heads, group;
+  int64_t num_tokens, stride_token, stride_head;  // as PagedCache
+};
+
+// The map for boxes of box_tokens tokens x the query heads of one KV head x 64 elements: a slab of packed queries.
+inline cudaError_t make_query_map(CUtensorMap* map, const Queries& q, int box_tokens) {
+  return make_map(map, q.base, q.dtype,
+                  {kSlab, static_cast<cuuint64_t>(q.group), static_cast<cuuint64_t>(q.num_tokens),
+                   static_cast<cuuint64_t>(q.head_dim / kSlab), static_cast<cuuint64_t>(q.num_kv_heads)},
+                  {q.stride_head, q.stride_token, kSlab, q.stride_head * q.group},
+                  {kSlab, static_cast<cuuint32_t>(q.group), static_cast<cuuint32_t>(box_tokens), 1, 1});
 }
 
 // --- Device ----------------------------------------------------------------------------------------------------------
@@ -71,9 +92,15 @@ __device__ __forceinline__ void tma_load_cache(void* destination, const CUtensor
                                                int slab, int head, int page, uint64_t l2_policy) {
   asm volatile(
       "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
-      " [%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(smem_address(destination)),
-      "l"(map), "r"(smem_address(barrier)), "r"(0), "r"(token), "r"(slab), "r"(head), "r"(page), "l"(l2_policy)
+      " [%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(shared_address(destination)),
+      "l"(map), "r"(shared_address(barrier)), "r"(0), "r"(token), "r"(slab), "r"(head), "r"(page), "l"(l2_policy)
       : "memory");
+}
+
+// Loads the box of queries at (element 0, query head 0, token, slab, KV head).
+__device__ __forceinline__ void tma_load_query(void* destination, const CUtensorMap* map, Mbarrier* barrier, int token,
+                                               int slab, int kv_head, uint64_t l2_policy) {
+  tma_load_cache(destination, map, barrier, 0, token, slab, kv_head, l2_policy);
 }
 
 }  // namespace flashcore
