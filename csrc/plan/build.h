@@ -37,10 +37,10 @@ struct Builder {
   Team& team;
   const bool share;
 
-  FLASHCORE_HD Builder(const PlanParams& params, Team& team)
+  FLASHCORE_TEAM Builder(const PlanParams& params, Team& team)
       : p(params), s(scratch_of(params)), team(team), share(shares_pages(params)) {}
 
-  FLASHCORE_HD void build() {
+  FLASHCORE_TEAM void build() {
     const Plan& plan = p.plan;
     if (!batch_fits(p)) return give_up();
     const Two packed = share ? pack_nodes() : Two{0, 0};
@@ -54,21 +54,21 @@ struct Builder {
   }
 
  private:
-  FLASHCORE_HD int32_t levels_of(int32_t r) const { return share ? s.levels[r] : 0; }
+  FLASHCORE_TEAM int32_t levels_of(int32_t r) const { return share ? s.levels[r] : 0; }
 
   // First key of a request that is in no packed row.
-  FLASHCORE_HD int32_t packed_end(int32_t r) const {
+  FLASHCORE_TEAM int32_t packed_end(int32_t r) const {
     const int32_t levels = levels_of(r);
     return levels > 0 ? s.chain_end[r * kMaxLevels + levels - 1] * p.page_size : 0;
   }
 
-  FLASHCORE_HD int32_t own_rows(int32_t r, const Request& request) const {
+  FLASHCORE_TEAM int32_t own_rows(int32_t r, const Request& request) const {
     if (request.q_len == 1) return packed_end(r) == 0 || packed_end(r) < request.kv_len;
     return ceil_div(request.q_len, tokens_per_row(p));
   }
 
   // Settles who is in which node; returns the rows and the entries of row_tokens of all nodes.
-  FLASHCORE_HD Two pack_nodes() {
+  FLASHCORE_TEAM Two pack_nodes() {
     const int32_t num_nodes = p.batch * kMaxLevels;
     team.for_each(p.batch, [&](int32_t r) {
       s.levels[r] = confirmed_levels(s, r);
@@ -90,7 +90,7 @@ struct Builder {
   }
 
   // Numbers the rows and merge entries of each request behind those of the nodes.
-  FLASHCORE_HD Two place_requests(int32_t first_row) {
+  FLASHCORE_TEAM Two place_requests(int32_t first_row) {
     return team.template scan<Two>(
         p.batch,
         [&](int32_t r) {
@@ -104,7 +104,7 @@ struct Builder {
         });
   }
 
-  FLASHCORE_HD void write_node_rows() {
+  FLASHCORE_TEAM void write_node_rows() {
     team.for_each(p.batch * kMaxLevels, [&](int32_t node) {
       const NodeRows rows(p, s.members[node]);
       const int32_t owner = node / kMaxLevels;
@@ -117,7 +117,7 @@ struct Builder {
     });
   }
 
-  FLASHCORE_HD void write_window_lists() {
+  FLASHCORE_TEAM void write_window_lists() {
     const int32_t pages = sparse_pages(p);
     team.for_each(p.batch * pages, [&](int32_t i) {
       const int32_t r = i / pages, k = i % pages;
@@ -128,7 +128,7 @@ struct Builder {
     });
   }
 
-  FLASHCORE_HD void write_tokens(int32_t tokens, int32_t num_merge) {
+  FLASHCORE_TEAM void write_tokens(int32_t tokens, int32_t num_merge) {
     team.for_each(p.num_tokens + 1, [&](int32_t t) {
       if (t < tokens) {
         write_token(t);
@@ -140,7 +140,7 @@ struct Builder {
   }
 
   // A token's position, its merge entries, and the row that begins with it.
-  FLASHCORE_HD void write_token(int32_t t) {
+  FLASHCORE_TEAM void write_token(int32_t t) {
     const Plan& plan = p.plan;
     const int32_t r = find_segment(plan.qo_indptr, p.batch, t);
     const Request request = request_of(p, r);
@@ -175,12 +175,12 @@ struct Builder {
     }
   }
 
-  FLASHCORE_HD void write_merge(int32_t entry, int32_t row, int32_t token_in_row) {
+  FLASHCORE_TEAM void write_merge(int32_t entry, int32_t row, int32_t token_in_row) {
     p.plan.merge_rows[2 * entry] = row;
     p.plan.merge_rows[2 * entry + 1] = token_in_row;
   }
 
-  FLASHCORE_HD Cut cut_of(const Line& line, int32_t pair) const {
+  FLASHCORE_TEAM Cut cut_of(const Line& line, int32_t pair) const {
     const int32_t row = pair / p.num_kv_heads, head = pair % p.num_kv_heads;
     const Row& r = p.plan.rows[row];
     const PairWork work = work_of(r, p.group);
@@ -191,7 +191,7 @@ struct Builder {
     return {line, work, s.row_cost[row] + head * work.total(), split_units};
   }
 
-  FLASHCORE_HD void cut_tiles(int32_t num_rows, int32_t num_packed_rows) {
+  FLASHCORE_TEAM void cut_tiles(int32_t num_rows, int32_t num_packed_rows) {
     const Plan& plan = p.plan;
     const int64_t work = team.template scan<int64_t>(
         num_rows, [&](int32_t row) { return p.num_kv_heads * work_of(plan.rows[row], p.group).total(); },
@@ -221,7 +221,7 @@ struct Builder {
     finish(num_rows, num_packed_rows, sum, pages_read, line);
   }
 
-  FLASHCORE_HD void write_tile(const Line& line, int32_t num_pairs, int32_t tile) {
+  FLASHCORE_TEAM void write_tile(const Line& line, int32_t num_pairs, int32_t tile) {
     const Plan& plan = p.plan;
     const int32_t pair = find_segment(plan.tile_indptr, num_pairs, tile);
     const int32_t first = plan.tile_indptr[pair], k = tile - first, num_tiles = plan.tile_indptr[pair + 1] - first;
@@ -249,7 +249,7 @@ struct Builder {
     for (int32_t cta = before + 1; cta <= cut.cta_of_tile(k); ++cta) plan.cta_indptr[cta] = tile;
   }
 
-  FLASHCORE_HD void finish(int32_t num_rows, int32_t num_packed_rows, Two sum, int64_t pages_read, const Line& line) {
+  FLASHCORE_TEAM void finish(int32_t num_rows, int32_t num_packed_rows, Two sum, int64_t pages_read, const Line& line) {
     const Plan& plan = p.plan;
     // CTAs behind the last tile's have none.
     int32_t last = -1;
@@ -271,7 +271,7 @@ struct Builder {
   }
 
   // A plan without work, marked unusable.
-  FLASHCORE_HD void give_up() {
+  FLASHCORE_TEAM void give_up() {
     team.for_each(p.plan.num_ctas + 1, [&](int32_t cta) { p.plan.cta_indptr[cta] = 0; });
     team.for_each(p.num_tokens + 1, [&](int32_t t) { p.plan.merge_indptr[t] = 0; });
     team.for_each(kNumCounts, [&](int32_t slot) { p.plan.counts[slot] = slot == kOverflow; });

@@ -7,10 +7,13 @@
 
 #include "params.h"
 
+// FLASHCORE_HD: host and device code. FLASHCORE_TEAM: device code in a CUDA source, host code in a C++ one.
 #ifdef __CUDACC__
 #define FLASHCORE_HD __host__ __device__ inline
+#define FLASHCORE_TEAM __device__ inline
 #else
 #define FLASHCORE_HD inline
+#define FLASHCORE_TEAM inline
 #endif
 
 namespace flashcore {

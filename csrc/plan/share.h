@@ -61,7 +61,7 @@ struct Walk {
   int32_t level = 0;
 
   // The edge ends before `column`. False: the walk is over.
-  FLASHCORE_HD bool close(int32_t column) {
+  FLASHCORE_TEAM bool close(int32_t column) {
     if (column == run_begin || !pays(p, edge.count, column - base)) return true;
     if (!agrees(base, run_begin)) return false;
     if (lanes.first()) {
@@ -73,15 +73,15 @@ struct Walk {
     base = column;
     return ++level < kMaxLevels;
   }
-  FLASHCORE_HD void open(int32_t column, Edge next) {
+  FLASHCORE_TEAM void open(int32_t column, Edge next) {
     run_begin = column;
     edge = next;
   }
-  FLASHCORE_HD void finish() {
+  FLASHCORE_TEAM void finish() {
     if (lanes.first()) s.chain_len[r] = level;
   }
   // Whether the columns [begin, end) that the node joins to its edge are the owner's too.
-  FLASHCORE_HD bool agrees(int32_t begin, int32_t end) const {
+  FLASHCORE_TEAM bool agrees(int32_t begin, int32_t end) const {
     const int32_t* mine = p.plan.kv_indices + request.page_begin;
     const int32_t* owners = p.plan.kv_indices + p.plan.kv_indptr[edge.owner];
     bool same = true;
