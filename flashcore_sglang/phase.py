@@ -1,0 +1,173 @@
+"""One kind of batch (decode, or extend): its kernel, and the planners and buffers it works in.
+
+A model mixes layers of different sliding windows, and a plan depends on the window. So a phase holds one planner for
+each window, all of one capacity, over one workspace.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import torch
+
+from flashcore_sglang.planner import Capacity, Planner, PlannerOptions, Policy, Summaries, make_planner
+from flashcore_sglang.variants import Choice
+from flashcore_sglang.variants import Phase as PhaseName
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A forward's requests, as SGLang holds them on the device.
+
+    Attributes:
+        req_to_token: int32 ``[requests, context]`` slots of each request's tokens.
+        req_pool_indices: int64 ``[batch]`` rows of ``req_to_token``.
+        seq_lens: int64 ``[batch]`` keys of each request, the new ones included.
+        num_tokens: query tokens of all requests.
+        num_pages: at least the pages that the requests hold, all together.
+        qo_indptr: int32 ``[batch + 1]`` query tokens of each request; None: one each.
+    """
+
+    req_to_token: torch.Tensor
+    req_pool_indices: torch.Tensor
+    seq_lens: torch.Tensor
+    num_tokens: int
+    num_pages: int
+    qo_indptr: torch.Tensor | None = None
+
+    @property
+    def size(self) -> int:
+        """Requests."""
+        return self.seq_lens.shape[0]
+
+
+class Phase:
+    """Plans batches of one kind.
+
+    Args:
+        name: ``decode`` (one query token a request) or ``prefill``.
+        choice: the kernel.
+        options: of the planners. Policies other than exact are for decode over layers without a window.
+        capacity: for the first batches; ``reserve`` grows it.
+        head_dim: channels of a head.
+        device: of all buffers.
+        summaries: for policy topk.
+
+    Attributes:
+        decode: whether every request has one query token.
+        partial_o: fp32 ``[max_partials, head_dim]``, partial_lse: fp32 ``[max_partials]``: what tiles write whose
+            queries have keys in other tiles.
+    """
+
+    def __init__(
+        self,
+        name: PhaseName,
+        choice: Choice,
+        options: PlannerOptions,
+        capacity: Capacity,
+        head_dim: int,
+        device: torch.device | str,
+        summaries: Summaries | None = None,
+    ) -> None:
+        self.decode = name == "decode"
+        self.choice = choice
+        self._name = name
+        self._options = options if self.decode else replace(options, policy=Policy.EXACT, share=False)
+        self._head_dim = head_dim
+        self._device = device
+        self._summaries = summaries
+        self._batch: Batch | None = None
+        self._allocate(replace(capacity, share=self._options.share))
+
+    @property
+    def num_tokens(self) -> int:
+        """Query tokens of the present batch."""
+        return 0 if self._batch is None else self._batch.num_tokens
+
+    def reserve(self, batch: Batch) -> None:
+        """Grows every buffer that ``batch`` does not fit in, by doubling. Not for a phase that a graph has captured."""
+        have = self.capacity
+        want = replace(
+            have,
+            batch=_grown(have.batch, batch.size),
+            tokens=_grown(have.tokens, batch.num_tokens),
+            pages=_grown(have.pages, batch.num_pages),
+        )
+        if want != have:
+            logger.info(
+                "flashcore_sparse: %s buffers grow to %d requests, %d tokens, %d pages",
+                self._name,
+                want.batch,
+                want.tokens,
+                want.pages,
+            )
+            self._allocate(want)
+
+    def begin(self, batch: Batch, windows: Iterable[int]) -> None:
+        """Plans ``batch`` for layers of each of ``windows`` (keys to the left of a query; -1: all), in place."""
+        self._batch = batch
+        for window in windows:
+            self._plan(batch, window)
+
+    def planner(self, window: int) -> Planner:
+        """The planner for layers of ``window``, which has planned the present batch.
+
+        Raises:
+            RuntimeError: a layer of a new window while a CUDA graph is captured: its plan would not be renewed.
+        """
+        if window not in self._planners:
+            if self._batch is None or (self.partial_o.is_cuda and torch.cuda.is_current_stream_capturing()):
+                raise RuntimeError(
+                    f"flashcore_sparse: expected the windows {sorted(self._planners)} found in the model, got a layer "
+                    f"with window {window} in a captured graph: serve with --disable-cuda-graph"
+                )
+            self._plan(self._batch, window)
+        return self._planners[window]
+
+    def after_store(self, window: int, layer_id: int, k_cache: torch.Tensor) -> None:
+        """Brings the summaries up to date once the new K of a layer is in ``k_cache``.
+
+        A decode step changes the last page of each request. An extend may have been given pages that held other keys
+        before, or have got its prefix from the radix cache: it rebuilds all pages of its requests.
+        """
+        planner = self.planner(window)
+        if self.decode:
+            planner.after_store(layer_id, k_cache)
+        elif self._summaries is not None and window < 0:
+            assert self._batch is not None
+            self._summaries.update(planner.plan, layer_id, k_cache, self._first_pages[: self._batch.size])
+
+    def _plan(self, batch: Batch, window: int) -> None:
+        if window not in self._planners:
+            self._planners[window] = self._make_planner(window)
+        self._planners[window].begin(
+            batch.req_to_token,
+            batch.req_pool_indices,
+            batch.seq_lens,
+            qo_indptr=batch.qo_indptr,
+            num_tokens=batch.num_tokens,
+            window_left=window,
+        )
+
+    def _make_planner(self, window: int) -> Planner:
+        options = self._options if window < 0 else replace(self._options, policy=Policy.EXACT)
+        lists = options.sparse_pages(self.capacity.batch, self.capacity.num_kv_heads)
+        return make_planner(options, replace(self.capacity, sparse_pages=lists), self._device, self._summaries)
+
+    def _allocate(self, capacity: Capacity) -> None:
+        self.capacity = capacity
+        self._planners: dict[int, Planner] = {}
+        rows = capacity.max_partials
+        self.partial_o = torch.empty((rows, self._head_dim), dtype=torch.float32, device=self._device)
+        self.partial_lse = torch.empty(rows, dtype=torch.float32, device=self._device)
+        self._first_pages = torch.zeros(capacity.batch, dtype=torch.int32, device=self._device)
+
+
+def _grown(have: int, need: int) -> int:
+    while have < need:
+        have *= 2
+    return have

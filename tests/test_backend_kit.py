@@ -1,0 +1,91 @@
+"""SGLang's own unit tests of attention backends, which ship in its wheel, with this backend under test."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("sglang")
+
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
+from sglang.test.kits.attention_unittest.attention_methods import dense_attention as kit
+
+from flashcore_sglang.plugin import BACKEND, register
+
+# The kit's tolerance is made for half precision; in fp32 both sides compute the same sums in another order.
+FP32_TOLERANCE = 1e-5
+
+SWA_CASES = kit.make_swa_no_prefix_input_config_cases(BACKEND) + kit.make_swa_prefix_input_config_cases(BACKEND)
+PAGE_SIZES = (1, 5, 8, 64)
+
+
+class Testcase:
+    """What the kit wants of unittest: it skips where a backend cannot be built, which is a failure here."""
+
+    def skipTest(self, reason: str) -> None:  # noqa: N802
+        pytest.fail(reason)
+
+
+@pytest.fixture(autouse=True)
+def _backend() -> Iterator[None]:
+    register()
+    with torch.no_grad():
+        yield
+
+
+def other_page_sizes() -> list[Any]:
+    """The ragged extend and decode of the kit with page sizes that it does not try."""
+    cases = {case.name: case for case in kit.make_dense_cases(BACKEND)}
+    chosen = (cases["mha_extend_ragged_page_boundary"], cases["gqa_decode_page_boundary"])
+    return [replace(case, page_size=size, name=f"{case.name}_p{size}") for case in chosen for size in PAGE_SIZES]
+
+
+@pytest.mark.parametrize(
+    "case", [*kit.make_dense_cases(BACKEND), *other_page_sizes(), *SWA_CASES], ids=lambda case: case.name
+)
+def test_dense_case(case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kit, "_SWA_DECODE_EXTEND_WINDOW", kit._SWA_DECODE_EXTEND_WINDOW | {BACKEND})
+    monkeypatch.setattr(kit, "DENSE_ATOL", FP32_TOLERANCE)
+    monkeypatch.setattr(kit, "DENSE_RTOL", FP32_TOLERANCE)
+    kit.run_dense_attention_case(
+        Testcase(), case, head_dim=64, max_context_len=128, dtype=torch.float32, device="cpu"
+    )
+
+
+def test_mixed_batch_of_extends_and_decodes() -> None:
+    """SGLang sends them to forward_extend, a decode being an extend of one token."""
+    case = kit.DenseAttentionCase(
+        name="mixed",
+        backend=BACKEND,
+        forward_mode=ForwardMode.MIXED,
+        num_heads=10,
+        num_kv_heads=2,
+        page_size=16,
+        prefix_lens=(20, 0, 30, 16),
+        extend_lens=(18, 7, 1, 1),
+    )
+    kit.run_dense_attention_case(Testcase(), case, head_dim=64, dtype=torch.float32, device="cpu")
+
+
+def test_batches_that_outgrow_the_first_buffers() -> None:
+    """Small, large, small again: the buffers grow once and the plans stay right."""
+    for batch in (2, 40, 3):
+        case = kit.DenseAttentionCase(
+            name=f"decode_{batch}",
+            backend=BACKEND,
+            forward_mode=ForwardMode.DECODE,
+            num_heads=4,
+            num_kv_heads=2,
+            page_size=1,
+            prefix_lens=tuple(3 + 2 * i for i in range(batch)),
+        )
+        fixture = kit.build_dense_attention_fixture(
+            Testcase(), case, head_dim=64, max_context_len=128, dtype=torch.float32, device="cpu"
+        )
+        torch.testing.assert_close(
+            kit.run_dense_fixture_eager(fixture), kit.expected_dense_fixture_output(fixture), atol=1e-5, rtol=1e-5
+        )
