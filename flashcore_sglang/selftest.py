@@ -12,6 +12,7 @@ from flashcore_sglang.paged_attention import PagedAttention
 from flashcore_sglang.planner.plan import Count
 
 HEADS, KV_HEADS, HEAD_DIM, PAGE = 8, 2, 64, 16
+SHARED_PAGES, POOL_PAGES = 256, 264  # 4096 shared keys: enough for packing to pay
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,15 @@ class Batch:
 
 def batches() -> tuple[Batch, ...]:
     """Requests over a common prefix with private tails, decoding; and two prefills, one over a cached prefix."""
-    shared = tuple(range(64))
-    requests = range(8)
+    shared = tuple(range(SHARED_PAGES))
+    tails = range(POOL_PAGES - SHARED_PAGES)
     return (
-        Batch("decode", (1,) * 8, tuple((*shared, 64 + r) for r in requests), tuple(1024 + 1 + r for r in requests)),
+        Batch(
+            "decode",
+            queries=(1,) * len(tails),
+            pages=tuple((*shared, SHARED_PAGES + r) for r in tails),
+            keys=tuple(SHARED_PAGES * PAGE + 1 + r for r in tails),
+        ),
         Batch("prefill", (33, 20), ((7, 3, 11), (2, 9, 5, 4)), (33, 57)),
     )
 
@@ -59,7 +65,7 @@ def run(device: str) -> Iterator[Result]:
     """Runs each batch on ``device``: fp32 on a CPU, bf16 on a GPU."""
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     generator = torch.Generator().manual_seed(0)
-    k, v = (torch.randn(80, PAGE, KV_HEADS, HEAD_DIM, generator=generator).to(dtype) for _ in range(2))
+    k, v = (torch.randn(POOL_PAGES, PAGE, KV_HEADS, HEAD_DIM, generator=generator).to(dtype) for _ in range(2))
     attention = PagedAttention(device=device)
     for batch in batches():
         q = torch.randn(sum(batch.queries), HEADS, HEAD_DIM, generator=generator).to(dtype)
