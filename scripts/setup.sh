@@ -32,21 +32,23 @@ find_nvcc() {
 }
 
 # make_environment VENV SGLANG_VERSION EXTRAS: creates VENV unless it is there complete, then builds what has changed of
-# this package into it. The build needs torch, so it is not isolated; build/editable keeps the compiled objects.
+# this package into it. The build needs torch, so it is not isolated; its tools lie outside the environments because
+# their place is part of the build's cache: so build/editable serves all of them, and nothing is compiled twice.
 make_environment() {
-  local venv=$PWD/$1 wanted="sglang==$2" uv nvcc
+  local venv=$PWD/$1 wanted="sglang==$2" tools=$PWD/.cache/build-tools uv nvcc
   install_system_packages
   uv=$(find_uv)
   if [ "$(cat "$venv/.complete" 2>/dev/null)" != "$wanted" ]; then
     say "Installing $wanted into $1"
     rm -rf "$venv"
     "$uv" venv --quiet --python '>=3.10,<3.14' "$venv"
-    "$uv" pip install --quiet --python "$venv" "$wanted" 'scikit-build-core>=0.11' 'cmake>=3.24,<4' ninja
+    "$uv" pip install --quiet --python "$venv" "$wanted"
     echo "$wanted" >"$venv/.complete"
   fi
+  [ -x "$tools/bin/ninja" ] ||
+    "$uv" pip install --quiet --python "$venv" --target "$tools" 'cmake>=3.24,<4' 'scikit-build-core>=0.11' ninja
   nvcc=${CUDACXX:-$(find_nvcc "$venv")}
   say "Building flashcore-sglang into $1 (${nvcc:-no nvcc: CPU kernels only})"
-  # One library serves every torch, so the objects of the first environment are those of the others.
-  PATH="$venv/bin:$PATH" CUDACXX=$nvcc TORCH_PYTHON=${TORCH_PYTHON:-$venv/bin/python} "$uv" pip install --quiet \
-    --python "$venv" --no-build-isolation --reinstall-package flashcore-sglang --editable ".$3"
+  PATH="$tools/bin:$PATH" PYTHONPATH=$tools CUDACXX=$nvcc TORCH_PYTHON=${TORCH_PYTHON:-$venv/bin/python} \
+    "$uv" pip install --quiet --python "$venv" --no-build-isolation --reinstall-package flashcore-sglang --editable ".$3"
 }
