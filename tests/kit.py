@@ -1,0 +1,168 @@
+"""What attention tests share: plans, runs of the op, and the comparison with the truth.
+
+Kernels run before the truth is computed, so that memory which is used again cannot hold the answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from cases import Case, Problem
+
+from flashcore_sglang import ops, reference
+from flashcore_sglang.planner import Capacity, Plan, PlannerOptions, make_planner
+from flashcore_sglang.planner.plan import ROW_FIELDS
+
+
+def make_plan(
+    problem: Problem, *, rows_per_tile: int = 32, num_ctas: int = 3, share: bool = True, split_keys: int = 0
+) -> Plan:
+    """The planner's plan of policy exact, on the device of the problem."""
+    case = problem.case
+    options = PlannerOptions(page_size=case.page_size, share=share, split_keys=split_keys)
+    capacity = Capacity(
+        batch=len(case.q_lens),
+        tokens=sum(case.q_lens),
+        pages=problem.kv_indices.numel(),
+        num_pages=problem.k_cache.shape[0],
+        num_kv_heads=case.num_kv_heads,
+        group=case.group,
+        rows_per_tile=rows_per_tile,
+        num_ctas=num_ctas,
+        share=share,
+        page_size=case.page_size,
+        split_keys=split_keys,
+    )
+    planner = make_planner(options, capacity, problem.q.device)
+    qo_indptr = None if case.decode else problem.qo_indptr
+    planner.begin_csr(
+        qo_indptr,
+        *problem.table[1:],
+        num_tokens=sum(case.q_lens),
+        causal=case.causal,
+        window_left=case.window_left,
+    )
+    return planner.plan
+
+
+def make_untrimmed_plan(problem: Problem, *, tokens_per_row: int, keys_per_tile: int, num_ctas: int = 2) -> list[torch.Tensor]:
+    """A plan by hand that leaves no key out: tiles may hold no visible key for some of their queries, or for all."""
+    case = problem.case
+    rows: list[list[int]] = []
+    tiles: list[list[int]] = []
+    tile_indptr, merge_indptr, merge_rows, partials = [0], [0], [], 0
+    positions: list[int] = []
+    kv_indptr, qo_indptr = problem.kv_indptr.tolist(), problem.qo_indptr.tolist()
+    for request, (q_len, kv_len) in enumerate(zip(case.q_lens, case.kv_lens, strict=True)):
+        positions += range(kv_len - q_len, kv_len)
+        for begin in range(0, q_len, tokens_per_row):
+            count = min(tokens_per_row, q_len - begin)
+            merge_rows += [[len(rows), i] for i in range(count)]
+            rows.append([qo_indptr[request] + begin, count, 0, kv_indptr[request], 0, kv_len, 0, request])
+            for kv_head in range(case.num_kv_heads):
+                pair = (len(rows) - 1) * case.num_kv_heads + kv_head
+                for kv_begin in range(0, max(kv_len, 1), keys_per_tile):
+                    tiles.append([pair, kv_begin, min(kv_begin + keys_per_tile, kv_len), partials])
+                    partials += count * case.group
+                tile_indptr.append(len(tiles))
+    merge_indptr += range(1, len(merge_rows) + 1)
+    cta_indptr = [len(tiles) * c // num_ctas for c in range(num_ctas + 1)]
+
+    def ints(values: Sequence[object], *shape: int) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=problem.q.device).reshape(shape or (-1,))
+
+    return [
+        problem.qo_indptr,
+        problem.kv_indptr,
+        problem.kv_indices,
+        problem.last_page_len,
+        ints(positions),
+        ints(rows, -1, ROW_FIELDS) if rows else ints([], 0, ROW_FIELDS),
+        ints([0]),
+        ints(tiles, -1, 4) if tiles else ints([], 0, 4),
+        ints(tile_indptr),
+        ints(cta_indptr),
+        ints(merge_indptr),
+        ints(merge_rows, -1, 2) if merge_rows else ints([], 0, 2),
+        ints([len(rows), len(tiles), partials, 0, 0, 0, 0, 0]),
+    ]
+
+
+def attend(
+    problem: Problem, plan: Plan | list[torch.Tensor], *, variant: str, rows_per_tile: int = 32
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(out, lse)`` of the op, from buffers full of NaN: what it does not write shows."""
+    case, q = problem.case, problem.q
+    tensors = plan.tensors() if isinstance(plan, Plan) else plan
+    max_partials = plan.capacity.max_partials if isinstance(plan, Plan) else int(plan[12][2])
+    floats = {"dtype": torch.float32, "device": q.device}
+    out = torch.full_like(q, torch.nan)
+    lse = torch.full(q.shape[:2], torch.nan, **floats)
+    ops.attend(
+        q,
+        problem.k_cache,
+        problem.v_cache,
+        tensors,
+        torch.full((max_partials, case.head_dim), torch.nan, **floats),
+        torch.full((max_partials,), torch.nan, **floats),
+        out,
+        lse,
+        rows_per_tile=rows_per_tile,
+        sm_scale=case.head_dim**-0.5,
+        causal=case.causal,
+        window_left=case.window_left,
+        logits_soft_cap=case.logits_soft_cap,
+        decode=case.decode,
+        variant=variant,
+    )
+    return out, lse
+
+
+def check(problem: Problem, out: torch.Tensor, lse: torch.Tensor) -> None:
+    """``out`` and ``lse`` against fp64, at most twice the error of the same computation in plain PyTorch.
+
+    PyTorch computes the output in the dtype of the case, and the LSE, which every kernel keeps in fp32, in fp32.
+    """
+    inputs = (problem.q, problem.k_cache, problem.v_cache)
+    q, k, v = (tensor.double() for tensor in inputs)
+    true_out, true_lse = reference.paged_attention(q, k, v, *problem.table, **problem.masks)
+    plain_out, _ = reference.paged_attention(*inputs, *problem.table, **problem.masks, dtype=problem.q.dtype)
+    _, plain_lse = reference.paged_attention(*inputs, *problem.table, **problem.masks, dtype=torch.float32)
+    assert_close("out", out, true_out, plain_out, problem.case)
+    assert_close("lse", lse, true_lse, plain_lse, problem.case, terms=problem.case.head_dim)
+
+
+def assert_close(
+    name: str, actual: torch.Tensor, truth: torch.Tensor, plain: torch.Tensor, case: Case, terms: int = 1
+) -> None:
+    """NaN and infinity in the same places, then ``|actual - truth| <= 2 max|plain - truth| + atol``.
+
+    Args:
+        name: of the result, for the message.
+        actual: what is tested.
+        truth: fp64.
+        plain: the same computation in plain low-precision PyTorch.
+        case: printed on failure.
+        terms: length of the longest sum whose order is free. ``atol`` is what rounding of so many terms may add:
+            ``terms`` units in the last place of the largest value.
+    """
+    assert actual.shape == truth.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(truth.shape)}\n{case!r}"
+    if truth.numel() == 0:
+        return
+    actual64 = actual.double()
+    for kind, mask in (("NaN", torch.isnan), ("inf", torch.isposinf), ("-inf", torch.isneginf)):
+        differs = mask(actual64) != mask(truth)
+        assert not differs.any(), f"{name}: {kind} in the wrong places, first {differs.nonzero()[0].tolist()}\n{case!r}"
+    finite = torch.isfinite(truth)
+    error = torch.where(finite, (actual64 - truth).abs(), 0)
+    plain_error = torch.where(finite, (plain.double() - truth).abs(), 0).max().item()
+    largest = torch.where(finite, truth.abs(), 0).max().item()
+    tolerance = 2 * plain_error + terms * torch.finfo(actual.dtype).eps * max(largest, 1e-3)
+    worst = error.max().item()
+    at = torch.unravel_index(error.argmax(), error.shape)
+    where = [int(i) for i in at]
+    assert worst <= tolerance, (
+        f"{name}{where}: got {actual64[at].item()}, expected {truth[at].item()}; error {worst:.3g}, allowed {tolerance:.3g} "
+        f"(plain PyTorch is off by {plain_error:.3g})\n{case!r}"
+    )

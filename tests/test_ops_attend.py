@@ -1,0 +1,192 @@
+"""The attend op, each variant over the same cases, against the truth."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import kit
+import pytest
+import torch
+from cases import CASES, Case, decode, extend, make
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from flashcore_sglang import ops, variants
+
+FP32 = [replace(case, name=f"fp32 {case.name}", dtype=torch.float32) for case in CASES[::4]]
+CPU = "cpu"
+CUDA = [
+    pytest.param(variant.name, marks=pytest.mark.gpu) for variant in variants.VARIANTS if variant.device == "cuda"
+]
+EVERY = [CPU, *CUDA]
+
+
+def setup(case: Case, variant: str) -> tuple[str, int]:
+    """Device and rows per tile of a variant; skips what the machine, the build or the variant cannot do, with why."""
+    entry = variants.BY_NAME[variant]
+    if variant == CPU:
+        return "cpu", 32
+    features = [name for name in ("window_left", "logits_soft_cap") if getattr(case, name) > 0]
+    shape = variants.Shape(
+        num_qo_heads=case.num_heads,
+        num_kv_heads=case.num_kv_heads,
+        head_dim=case.head_dim,
+        page_size=case.page_size,
+        dtype="fp16" if case.dtype == torch.float16 else "bf16",
+        phase="decode" if case.decode else "prefill",
+        features=(*features, "lse", *(["causal"] if case.causal else [])),
+    )
+    reason = variants.why_not(entry, shape, variants.device_of("cuda"))
+    if reason:
+        pytest.skip(f"{variant} {reason}")
+    tiling = entry.tiling(shape.phase)
+    assert tiling is not None
+    return "cuda", tiling.rows_per_tile
+
+
+@pytest.mark.parametrize("variant", EVERY)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_planned(case: Case, variant: str) -> None:
+    device, rows_per_tile = setup(case, variant)
+    problem = make(case, device)
+    out, lse = kit.attend(
+        problem, kit.make_plan(problem, rows_per_tile=rows_per_tile), variant=variant, rows_per_tile=rows_per_tile
+    )
+    kit.check(problem, out, lse)
+
+
+@pytest.mark.parametrize("case", FP32, ids=str)
+def test_fp32(case: Case) -> None:
+    problem = make(case)
+    kit.check(problem, *kit.attend(problem, kit.make_plan(problem), variant=CPU))
+
+
+@pytest.mark.parametrize("variant", EVERY)
+@pytest.mark.parametrize(
+    "case",
+    [
+        extend("fully masked tiles", (40, 200), (70, 130)),
+        extend("fully masked tiles of a window", (40, 300), (9, 200), window_left=5),
+        extend("first block with nothing to rescale", (70, 130), (64, 64), window_left=10),
+        extend("rows with no keys", (4, 2), (3, 0)),
+        decode("rows with no keys in decode", 0, 3),
+    ],
+    ids=str,
+)
+def test_untrimmed(case: Case, variant: str) -> None:
+    device, rows_per_tile = setup(case, variant)
+    problem = make(case, device)
+    for keys_per_tile in (64, 256):
+        plan = kit.make_untrimmed_plan(problem, tokens_per_row=rows_per_tile // case.group, keys_per_tile=keys_per_tile)
+        kit.check(problem, *kit.attend(problem, plan, variant=variant, rows_per_tile=rows_per_tile))
+
+
+@pytest.mark.parametrize("variant", EVERY)
+@pytest.mark.parametrize("case", [case for case in CASES if case.q_lens][::6], ids=str)
+def test_same_bits_twice(case: Case, variant: str) -> None:
+    device, rows_per_tile = setup(case, variant)
+    problem = make(case, device)
+    plan = kit.make_plan(problem, rows_per_tile=rows_per_tile, num_ctas=5)
+    first, second = (kit.attend(problem, plan, variant=variant, rows_per_tile=rows_per_tile) for _ in range(2))
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1], second[1])
+
+
+@pytest.mark.parametrize("variant", EVERY)
+def test_fixed_splits_do_not_depend_on_the_batch(variant: str) -> None:
+    together = decode("together", 500, 129, 64, 300)
+    device, rows_per_tile = setup(together, variant)
+    problem = make(together, device)
+    plan = kit.make_plan(problem, rows_per_tile=rows_per_tile, split_keys=128)
+    out, lse = kit.attend(problem, plan, variant=variant, rows_per_tile=rows_per_tile)
+    begin, end = problem.kv_indptr[1:3].tolist()
+    alone = replace(
+        problem,
+        case=decode("alone", 129),
+        q=problem.q[1:2],
+        qo_indptr=problem.qo_indptr[:2],
+        kv_indptr=problem.kv_indptr[1:3] - begin,
+        kv_indices=problem.kv_indices[begin:end],
+        last_page_len=problem.last_page_len[1:2],
+    )
+    plan = kit.make_plan(alone, rows_per_tile=rows_per_tile, split_keys=128, num_ctas=7)
+    out_alone, lse_alone = kit.attend(alone, plan, variant=variant, rows_per_tile=rows_per_tile)
+    assert torch.equal(out[1:2], out_alone)
+    assert torch.equal(lse[1:2], lse_alone)
+
+
+@pytest.mark.parametrize("variant", EVERY)
+def test_strided_inputs(variant: str) -> None:
+    """K and V of a combined cache, and q as a slice of a fused projection."""
+    case = extend("strided", (9, 40), (1, 77))
+    device, rows_per_tile = setup(case, variant)
+    problem = make(case, device)
+    plan = kit.make_plan(problem, rows_per_tile=rows_per_tile)
+    cache = torch.stack([problem.k_cache, problem.v_cache], dim=1)
+    fused = torch.cat([problem.q, problem.q.flip(0)], dim=1)
+    strided = replace(problem, q=fused[:, : case.num_heads], k_cache=cache[:, 0], v_cache=cache[:, 1])
+    kit.check(problem, *kit.attend(strided, plan, variant=variant, rows_per_tile=rows_per_tile))
+
+
+@st.composite
+def random_cases(draw: st.DrawFn) -> Case:
+    page_size = draw(st.sampled_from([1, 3, 8, 16, 64]))
+    kv_lens = draw(st.lists(st.one_of(st.integers(0, 2 * page_size + 1), st.integers(0, 400)), min_size=1, max_size=5))
+    is_decode = draw(st.booleans())
+    num_kv_heads = draw(st.integers(1, 3))
+    return Case(
+        "random",
+        tuple(1 if is_decode else draw(st.integers(0, min(n, 70))) for n in kv_lens),
+        tuple(kv_lens),
+        num_heads=num_kv_heads * draw(st.integers(1, 16)),
+        num_kv_heads=num_kv_heads,
+        head_dim=draw(st.sampled_from([64, 96, 128, 256])),
+        page_size=page_size,
+        dtype=draw(st.sampled_from([torch.bfloat16, torch.float16])),
+        causal=draw(st.booleans()),
+        window_left=draw(st.sampled_from([-1, -1, 0, 7, 100])),
+        logits_soft_cap=draw(st.sampled_from([0.0, 0.0, 3.0])),
+        shared_pages=draw(st.integers(0, min(kv_lens) // page_size)),
+        seed=draw(st.integers(0, 9)),
+    )
+
+
+@pytest.mark.parametrize("variant", EVERY)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(case=random_cases(), num_ctas=st.integers(1, 9))
+def test_random(variant: str, case: Case, num_ctas: int) -> None:
+    device, rows_per_tile = setup(case, variant)
+    problem = make(case, device)
+    plan = kit.make_plan(problem, rows_per_tile=rows_per_tile, num_ctas=num_ctas)
+    kit.check(problem, *kit.attend(problem, plan, variant=variant, rows_per_tile=rows_per_tile))
+
+
+def test_build_info() -> None:
+    info = json.loads(ops.build_info())
+    assert set(info) == {"cuda", "nvcc", "archs", "cudart", "variants"}
+    assert "cpu" in info["variants"]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"q": torch.zeros(2, 8, 80, dtype=torch.bfloat16)}, "q: expected a head_dim of 64, 96, 128 or 256, got 80"),
+        ({"q": torch.zeros(2, 8, 64, dtype=torch.float64)}, "q: expected bfloat16 or float16 or float32, got another"),
+        ({"q": torch.zeros(2, 8, 128, dtype=torch.bfloat16)[..., ::2]}, "q: expected the last dimension to be contig"),
+        ({"q": torch.zeros(2, 7, 64, dtype=torch.bfloat16)}, "heads: expected the query heads to be a multiple of 2"),
+        ({"k_cache": torch.zeros(9, 16, 2, 64)}, "k_cache: expected bfloat16, got float32"),
+        ({"v_cache": torch.zeros(8, 16, 2, 64, dtype=torch.bfloat16)}, "v_cache: expected shape"),
+    ],
+)
+def test_errors_name_op_argument_expected_and_got(change: dict[str, torch.Tensor], message: str) -> None:
+    problem = make(decode("errors", 40, 50))
+    plan = kit.make_plan(problem)
+    with pytest.raises(RuntimeError, match=f"flashcore.attend: {message}.*; "):
+        kit.attend(replace(problem, **change), plan, variant=CPU)
+
+
+def test_unknown_variant_lists_the_available_ones() -> None:
+    problem = make(decode("errors", 40))
+    with pytest.raises(RuntimeError, match=r"variant: expected one of .*cpu.*, got 'fast'"):
+        kit.attend(problem, kit.make_plan(problem), variant="fast")
