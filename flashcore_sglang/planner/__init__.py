@@ -10,17 +10,27 @@ import torch
 from flashcore_sglang.planner.exact import Exact
 from flashcore_sglang.planner.plan import Capacity, Count, Plan, Policy
 from flashcore_sglang.planner.planner import Planner, PlannerOptions
-from flashcore_sglang.planner.topk import SummarySpec, Topk
+from flashcore_sglang.planner.topk import Summaries, SummarySpec, Topk
 from flashcore_sglang.planner.window import Window
 
-__all__ = ["Capacity", "Count", "Plan", "Planner", "PlannerOptions", "Policy", "SummarySpec", "make_planner"]
+__all__ = [
+    "Capacity",
+    "Count",
+    "Plan",
+    "Planner",
+    "PlannerOptions",
+    "Policy",
+    "Summaries",
+    "SummarySpec",
+    "make_planner",
+]
 
 
 def make_planner(
     options: PlannerOptions,
     capacity: Capacity,
     device: torch.device | str,
-    summaries: SummarySpec | None = None,
+    summaries: Summaries | None = None,
 ) -> Planner:
     """The planner of ``options.policy`` with its buffers on ``device``; ``summaries`` is needed by topk alone.
 
@@ -32,5 +42,5 @@ def make_planner(
     if options.policy is Policy.WINDOW:
         return Window(options, capacity, device)
     if summaries is None:
-        raise ValueError("summaries: policy topk needs the layers, head_dim and dtype of the KV cache; pass a SummarySpec")
+        raise ValueError("summaries: policy topk needs those of the KV pool, got None; pass Summaries")
     return Topk(options, capacity, device, summaries)

@@ -38,26 +38,52 @@ class SummarySpec:
         return len(self.layers) * num_pages * 2 * num_kv_heads * self.head_dim * self.dtype.itemsize
 
 
-class Topk(Planner):
-    """Holds the summaries ``{layer: [num_pages, 2, num_kv_heads, head_dim]}`` of the layers that select."""
+class Summaries:
+    """The page summaries of a KV pool: ``{layer: [num_pages, 2, num_kv_heads, head_dim]}`` of the layers that select.
+
+    They belong to the pool and not to a planner: every planner over the pool must see what any of them has written.
+    """
 
     def __init__(
-        self, options: PlannerOptions, capacity: Capacity, device: torch.device | str, summaries: SummarySpec
+        self, spec: SummarySpec, num_pages: int, num_kv_heads: int, dense_layers: int, device: torch.device | str
+    ) -> None:
+        self.spec = spec
+        shape = (num_pages, 2, num_kv_heads, spec.head_dim)
+        self.of_layer = {
+            layer: torch.zeros(shape, dtype=spec.dtype, device=device) for layer in spec.layers if layer >= dense_layers
+        }
+
+    def update(self, plan: Plan, layer_id: int, k_cache: torch.Tensor, first_page: torch.Tensor | None) -> None:
+        """Rewrites the summaries of the batch in ``plan``; arguments as in ``Planner.after_store``."""
+        if layer_id not in self.of_layer:
+            return
+        n = plan.batch
+        ops.summarize(
+            k_cache,
+            plan.kv_indptr[: n + 1],
+            plan.kv_indices,
+            plan.last_page_len[:n],
+            first_page,
+            self.spec.max_columns,
+            self.of_layer[layer_id],
+        )
+
+
+class Topk(Planner):
+    """Selects pages by the summaries before each layer attends."""
+
+    def __init__(
+        self, options: PlannerOptions, capacity: Capacity, device: torch.device | str, summaries: Summaries
     ) -> None:
         super().__init__(options, capacity, device)
-        self.max_columns = summaries.max_columns
-        shape = (capacity.num_pages, 2, capacity.num_kv_heads, summaries.head_dim)
-        self.summaries = {
-            layer: torch.zeros(shape, dtype=summaries.dtype, device=device)
-            for layer in summaries.layers
-            if layer >= options.dense_layers
-        }
+        self.summaries = summaries
+        self.max_columns = summaries.spec.max_columns
         self.scores = torch.empty(
             (capacity.batch * capacity.num_kv_heads, self.max_columns), dtype=torch.float32, device=device
         )
         # The first layers read everything: the same page table under a plan of its own.
         self.dense_plan = self.plan
-        if any(layer < options.dense_layers for layer in summaries.layers):
+        if any(layer < options.dense_layers for layer in summaries.spec.layers):
             dense = Plan.allocate(replace(capacity, sparse_pages=0), device)
             self.dense_plan = replace(
                 dense,
@@ -69,28 +95,17 @@ class Topk(Planner):
         self._sparse = False
 
     def after_store(self, layer_id: int, k_cache: torch.Tensor, first_page: torch.Tensor | None = None) -> None:
-        if layer_id not in self.summaries:
-            return
-        n = self.plan.batch
-        ops.summarize(
-            k_cache,
-            self.plan.kv_indptr[: n + 1],
-            self.plan.kv_indices,
-            self.plan.last_page_len[:n],
-            first_page,
-            self.max_columns,
-            self.summaries[layer_id],
-        )
+        self.summaries.update(self.plan, layer_id, k_cache, first_page)
 
     def for_layer(self, layer_id: int, q: torch.Tensor, k_cache: torch.Tensor) -> Plan:
         if not self._sparse:
             return self.plan
-        if layer_id not in self.summaries:
+        if layer_id not in self.summaries.of_layer:
             return self.dense_plan
         o = self.options
         ops.select(
             q,
-            self.summaries[layer_id],
+            self.summaries.of_layer[layer_id],
             self.plan.tensors(),
             self.scores,
             page_size=o.page_size,
