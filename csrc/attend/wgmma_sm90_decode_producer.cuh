@@ -1,0 +1,174 @@
+// Decode on Hopper, the producers: one warp keeps the ring of KV stages full, another fetches each tile's queries.
+// Both run ahead of the consumers across tiles, so that the next tile's bytes are in flight while this one ends.
+#pragma once
+
+#include "attend/wgmma_sm90_decode_traits.cuh"
+#include "device/async_copy.cuh"
+
+namespace flashcore::decode90 {
+
+// Page columns [0, columns) of the tiles of a CTA, 32 at a time: lane l holds column first + l of the current window.
+struct PageWindow {
+  const int32_t* pages;
+  int first, columns;
+
+  __device__ __forceinline__ int32_t load(int lane) const {
+    const int column = first + lane;
+    return column < columns ? __ldg(pages + column) : 0;
+  }
+};
+
+// Loads the keys and values of tiles [tile_begin, tile_end), unit by unit. Lane i issues box i of a unit.
+template <typename Traits>
+__device__ __forceinline__ void produce_kv(SharedStorage<Traits>& shared, const CUtensorMap& k_map,
+                                           const CUtensorMap& v_map, const Params& params, int tile_begin,
+                                           int tile_end, int lane) {
+  const Plan& plan = params.attend.plan;
+  const int page_shift = params.page_shift;
+  const int page_size = 1 << page_shift;
+  const int unit_pages = max(1, kUnitKeys >> page_shift);
+  const int slab_boxes = Traits::kSlabs / params.box_slabs;
+  const uint32_t box_bytes = params.box_tokens * params.box_slabs * 128;
+
+  // This lane's box of every unit: K or V, which page of the unit, which slab of head_dim.
+  const bool is_v = lane % 2 != 0;
+  const int box_slab = lane / 2 % slab_boxes;
+  const int box_page = lane / 2 / slab_boxes;
+  const bool has_box = box_page < unit_pages;
+  const CUtensorMap* map = is_v ? &v_map : &k_map;
+  const int box_offset = (is_v ? Traits::kOperandBytes : 0) + box_slab * kSlabBytes + box_page * page_size * 128;
+
+  StageRing<Traits> ring;
+  for (int base = tile_begin; base < tile_end; base += 32) {
+    // One round trip fetches the metadata of 32 tiles; a CTA rarely has more.
+    Tile tile{};
+    const int32_t* pages = plan.kv_indices;
+    int head = 0;
+    if (base + lane < tile_end) {
+      tile = plan.tiles[base + lane];
+      const int row_index = tile.pair / params.attend.num_kv_heads;
+      const Row& row = plan.rows[row_index];
+      head = tile.pair - row_index * params.attend.num_kv_heads;
+      pages += row.page_begin + static_cast<int64_t>(head) * row.head_stride;
+    }
+    const int tiles = min(32, tile_end - base);
+
+    auto window_of = [&](int i, int key) {
+      const uint64_t address = __shfl_sync(~0u, reinterpret_cast<uint64_t>(pages), i);
+      const int kv_end = __shfl_sync(~0u, tile.kv_end, i);
+      return PageWindow{reinterpret_cast<const int32_t*>(address), key >> page_shift,
+                        (kv_end + page_size - 1) >> page_shift};
+    };
+    PageWindow window = window_of(0, __shfl_sync(~0u, tile.kv_begin, 0));
+    int32_t next_ids = window.load(lane);
+
+    for (int i = 0; i < tiles; ++i) {
+      const int kv_begin = __shfl_sync(~0u, tile.kv_begin, i);
+      const int kv_end = __shfl_sync(~0u, tile.kv_end, i);
+      const int tile_head = __shfl_sync(~0u, head, i);
+      const int next_begin = __shfl_sync(~0u, tile.kv_begin, i + 1 < tiles ? i + 1 : i);
+      int32_t ids = 0;
+      for (int key = kv_begin; key < kv_end; key += kUnitKeys) {
+        const int column = key >> page_shift;
+        if (key == kv_begin || column - window.first == 32) {
+          // Take the window fetched before and fetch the one after it: this tile's or the next tile's.
+          if (key != kv_begin) window.first = column;
+          ids = next_ids;
+          PageWindow after = window;
+          after.first += 32;
+          next_ids = (after.first < after.columns || i + 1 == tiles ? after : window_of(i + 1, next_begin)).load(lane);
+        }
+        const int32_t page = __shfl_sync(~0u, ids, column - window.first + box_page);
+        const bool wanted = has_box && key + box_page * page_size < kv_end;
+
+        mbarrier_wait(&shared.empty[ring.stage], ring.parity ^ 1);
+        const uint32_t boxes = __popc(__ballot_sync(~0u, wanted));
+        if (lane == 0) mbarrier_arrive_expect_tx(&shared.full[ring.stage], boxes * box_bytes);
+        __syncwarp();
+        if (wanted) {
+          uint8_t* stage = reinterpret_cast<uint8_t*>(&shared.stages[ring.stage]);
+          tma_load_cache(stage + box_offset, map, &shared.full[ring.stage], key & (page_size - 1), box_slab, tile_head,
+                         page, kEvictFirst);
+        }
+        ring.advance();
+      }
+      if (i + 1 < tiles) {
+        window = window_of(i + 1, next_begin);
+        if (kv_begin == kv_end) next_ids = window.load(lane);
+      }
+    }
+  }
+}
+
+// Loads the queries of each tile and tells the consumers what they need to know of it.
+template <typename Traits>
+__device__ __forceinline__ void produce_queries(SharedStorage<Traits>& shared, const Params& params, int tile_begin,
+                                                int tile_end, int lane) {
+  using Element = typename Traits::Element;
+  const AttendParams& p = params.attend;
+  TileInfo& info = shared.tile;
+  uint32_t parity = 1;
+  for (int t = tile_begin; t < tile_end; ++t, parity ^= 1) {
+    const Tile tile = p.plan.tiles[t];
+    const int row_index = tile.pair / p.num_kv_heads;
+    const Row row = p.plan.rows[row_index];
+    const int first_head = (tile.pair - row_index * p.num_kv_heads) * params.group;
+    const int queries = row.q_count * params.group;
+
+    constexpr int kPerLane = kMaxQueries / 32;
+    int64_t source[kPerLane];
+    int32_t begin[kPerLane], end[kPerLane], out_row[kPerLane];
+    int32_t free_begin = tile.kv_begin, free_end = tile.kv_end;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      const int m = 32 * i + lane;
+      source[i] = 0;
+      begin[i] = end[i] = out_row[i] = 0;
+      if (m < queries) {
+        const int index = row.q_begin + m / params.group;
+        const int token = row.flags & kPacked ? p.plan.row_tokens[index] : index;
+        const int head = first_head + m % params.group;
+        const int position = p.plan.positions[token] - row.kv_pos;
+        begin[i] = p.window_left < 0 ? 0 : max(0, position - p.window_left);
+        end[i] = p.causal ? min(tile.kv_end, position + 1) : tile.kv_end;
+        free_begin = max(free_begin, begin[i]);
+        free_end = min(free_end, end[i]);
+        source[i] = token * p.q_stride_token + head * p.q_stride_head;
+        out_row[i] = tile.partial < 0 ? token * p.num_qo_heads + head : tile.partial + m;
+      }
+    }
+    free_begin = __reduce_max_sync(~0u, free_begin);
+    free_end = __reduce_min_sync(~0u, free_end);
+
+    mbarrier_wait(&shared.q_empty, parity);
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      info.visible_begin[32 * i + lane] = begin[i];
+      info.visible_end[32 * i + lane] = end[i];
+      info.out_row[32 * i + lane] = out_row[i];
+    }
+    if (lane == 0) {
+      info.queries = queries;
+      info.kv_begin = tile.kv_begin;
+      info.kv_end = tile.kv_end;
+      info.direct = tile.partial < 0;
+      info.free_begin = free_begin;
+      info.free_end = free_end;
+    }
+    constexpr int kRowLanes = Traits::kHeadDim / 8;  // lanes that copy a row, 16 bytes each
+    constexpr int kRowsAtOnce = 32 / kRowLanes;
+    const Element* q = static_cast<const Element*>(p.q);
+    for (int first = 0; first < queries; first += kRowsAtOnce) {
+      const int m = first + lane / kRowLanes;
+      const int64_t offset = __shfl_sync(~0u, first < 32 ? source[0] : source[1], m % 32);
+      if (m < queries) {
+        copy_async_16<Traits::kHeadDim * 2>(shared_address(shared.q + swizzled(m, lane % kRowLanes)), q + offset + lane % kRowLanes * 8,
+                      true);
+      }
+    }
+    mbarrier_arrive_after_cp_async(&shared.q_full);
+    release(&shared.q_full, lane);
+  }
+}
+
+}  // namespace flashcore::decode90

@@ -1,0 +1,617 @@
+// Stand-alone check and timing of the Hopper decode kernel: plans on the host, kernel and merge on the GPU, against a
+// double-precision reference. Build (from the repository root):
+//   nvcc -std=c++20 -O3 -gencode arch=compute_90a,code=sm_90a --expt-relaxed-constexpr -cudart static -I csrc
+//        scripts/bench/gpu_decode_test.cu csrc/attend/{wgmma_sm90_decode,merge}.cu csrc/plan/plan_cpu.cpp -o gpu_decode_test
+// Run: gpu_decode_test check [filter] | gpu_decode_test time [filter] [--ctas N]... [--rows N]
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <numeric>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "params.h"
+
+using namespace flashcore;
+
+#define CUDA_CHECK(call)                                                                             \
+  do {                                                                                               \
+    const auto error_ = static_cast<cudaError_t>(call);                                              \
+    if (error_ != cudaSuccess) {                                                                     \
+      std::printf("%s:%d %s: %s\n", __FILE__, __LINE__, #call, cudaGetErrorString(error_));          \
+      std::exit(1);                                                                                  \
+    }                                                                                                \
+  } while (0)
+
+namespace {
+
+// --- Cases -----------------------------------------------------------------------------------------------------------
+
+struct Level {
+  int members;  // consecutive requests that share
+  int keys;     // from the end of the level before
+};
+
+struct Case {
+  std::string name;
+  std::vector<int> kv_lens;
+  int num_qo_heads = 32, num_kv_heads = 8, head_dim = 128, page_size = 64;
+  DType dtype = DType::bf16;
+  std::vector<int> q_lens = {};      // default: one token a request
+  std::vector<Level> levels = {};    // shared prefixes, outermost first
+  int window_left = -1;
+  float cap = 0.0f;
+  int causal = 1;
+  int split_keys = 0;
+  bool interleaved = false;  // K and V of a page side by side: [pages, 2, page_size, heads, head_dim]
+  bool share = true;
+};
+
+struct Options {
+  int ctas = 264;
+  int rows_per_tile = 64;
+};
+
+// --- Device helpers --------------------------------------------------------------------------------------------------
+
+__device__ float random_normal(uint64_t i, uint32_t seed) {
+  uint64_t x = i * 0x9E3779B97F4A7C15ull + seed * 0xD1B54A32D192ED03ull;
+  x ^= x >> 32;
+  x *= 0xD6E8FEB86659FD93ull;
+  x ^= x >> 32;
+  x *= 0xD6E8FEB86659FD93ull;
+  x ^= x >> 32;
+  float sum = 0.0f;
+  for (int k = 0; k < 4; ++k) sum += static_cast<float>((x >> (16 * k)) & 0xFFFF) / 65536.0f - 0.5f;
+  return sum * 1.7320508f;
+}
+
+template <typename T>
+__device__ T from_float(float x);
+template <>
+__device__ __nv_bfloat16 from_float(float x) {
+  return __float2bfloat16(x);
+}
+template <>
+__device__ __half from_float(float x) {
+  return __float2half(x);
+}
+
+template <typename T>
+__global__ void fill_random(T* x, int64_t n, uint32_t seed) {
+  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < n; i += int64_t{gridDim.x} * blockDim.x) {
+    x[i] = from_float<T>(random_normal(i, seed));
+  }
+}
+
+// NaN in the slots of a request's last page that hold no key.
+__global__ void poison_tails(AttendParams p) {
+  const int r = blockIdx.x;
+  const int last = p.plan.kv_indptr[r + 1] - 1;
+  if (last < p.plan.kv_indptr[r]) return;
+  const int page = p.plan.kv_indices[last];
+  for (int j = p.plan.last_page_len[r]; j < p.page_size; ++j) {
+    for (int i = threadIdx.x; i < p.num_kv_heads * p.head_dim; i += blockDim.x) {
+      const int h = i / p.head_dim, d = i % p.head_dim;
+      ((uint16_t*)p.k)[page * p.k_stride_page + j * p.k_stride_token + h * p.k_stride_head + d] = 0x7FFF;
+      ((uint16_t*)p.v)[page * p.v_stride_page + j * p.v_stride_token + h * p.v_stride_head + d] = 0x7FFF;
+    }
+  }
+}
+
+__device__ double block_reduce(double x, bool maximum) {
+  __shared__ double buffer[128];
+  buffer[threadIdx.x] = x;
+  __syncthreads();
+  for (int step = 64; step > 0; step /= 2) {
+    if (threadIdx.x < step) {
+      const double y = buffer[threadIdx.x + step];
+      buffer[threadIdx.x] = maximum ? fmax(buffer[threadIdx.x], y) : buffer[threadIdx.x] + y;
+    }
+    __syncthreads();
+  }
+  const double result = buffer[0];
+  __syncthreads();
+  return result;
+}
+
+// One block of 128 threads a (token, head): two passes over the request's page table, all in double.
+template <typename T>
+__global__ void reference(AttendParams p, const int* token_request, double* scores, int64_t score_stride, double* out,
+                          double* lse) {
+  const int item = blockIdx.x;
+  const int token = item / p.num_qo_heads, head = item % p.num_qo_heads;
+  const int kv_head = head / (p.num_qo_heads / p.num_kv_heads);
+  const int r = token_request[token];
+  const int32_t* pages = p.plan.kv_indices + p.plan.kv_indptr[r];
+  const int num_pages = p.plan.kv_indptr[r + 1] - p.plan.kv_indptr[r];
+  const int kv_len = num_pages ? (num_pages - 1) * p.page_size + p.plan.last_page_len[r] : 0;
+  const int position = p.plan.positions[token];
+  const T* q = static_cast<const T*>(p.q) + token * p.q_stride_token + head * p.q_stride_head;
+  double* s = scores + blockIdx.x * score_stride;
+  double maximum = -INFINITY;
+  for (int j = threadIdx.x; j < kv_len; j += blockDim.x) {
+    const T* k = static_cast<const T*>(p.k) + pages[j / p.page_size] * p.k_stride_page +
+                 j % p.page_size * p.k_stride_token + kv_head * p.k_stride_head;
+    double dot = 0.0;
+    for (int d = 0; d < p.head_dim; ++d) dot += double(float(q[d])) * double(float(k[d]));
+    dot *= p.sm_scale;
+    if (p.logits_soft_cap > 0) dot = p.logits_soft_cap * tanh(dot / p.logits_soft_cap);
+    const bool visible =
+        (!p.causal || j <= position) && (p.window_left < 0 || j >= position - p.window_left);
+    s[j] = visible ? dot : -INFINITY;
+    maximum = fmax(maximum, s[j]);
+  }
+  maximum = block_reduce(maximum, true);
+  double sum = 0.0;
+  for (int j = threadIdx.x; j < kv_len; j += blockDim.x) {
+    s[j] = maximum == -INFINITY ? 0.0 : exp(s[j] - maximum);
+    sum += s[j];
+  }
+  sum = block_reduce(sum, false);
+  __syncthreads();
+  for (int d = threadIdx.x; d < p.head_dim; d += blockDim.x) {
+    double o = 0.0;
+    for (int j = 0; j < kv_len; ++j) {
+      if (s[j] == 0.0) continue;
+      const T* v = static_cast<const T*>(p.v) + pages[j / p.page_size] * p.v_stride_page +
+                   j % p.page_size * p.v_stride_token + kv_head * p.v_stride_head;
+      o += s[j] * double(float(v[d]));
+    }
+    out[int64_t{item} * p.head_dim + d] = sum > 0 ? o / sum : 0.0;
+  }
+  if (threadIdx.x == 0) lse[item] = sum > 0 ? (maximum + log(sum)) * 1.4426950408889634 : -INFINITY;
+}
+
+template <typename T>
+T* device_alloc(int64_t count) {
+  T* pointer;
+  CUDA_CHECK(cudaMalloc(&pointer, std::max<int64_t>(count, 1) * sizeof(T)));
+  return pointer;
+}
+
+template <typename T>
+T* to_device(const std::vector<T>& host) {
+  T* pointer = device_alloc<T>(host.size());
+  CUDA_CHECK(cudaMemcpy(pointer, host.data(), host.size() * sizeof(T), cudaMemcpyHostToDevice));
+  return pointer;
+}
+
+// --- A case on the device --------------------------------------------------------------------------------------------
+
+struct Problem {
+  AttendParams params{};
+  std::vector<void*> owned;
+  std::vector<int> token_request;
+  int64_t unique_bytes = 0, dense_bytes = 0;
+  int counts[kNumCounts];
+
+  template <typename T>
+  T* own(T* pointer) {
+    owned.push_back((void*)pointer);
+    return pointer;
+  }
+  ~Problem() {
+    for (void* pointer : owned) cudaFree(pointer);
+  }
+};
+
+void build(Problem& problem, const Case& c, const Options& options, bool poison) {
+  const int batch = c.kv_lens.size();
+  const int group = c.num_qo_heads / c.num_kv_heads;
+  std::vector<int> q_lens = c.q_lens.empty() ? std::vector<int>(batch, 1) : c.q_lens;
+  std::vector<int> qo_indptr = {0}, kv_indptr = {0}, last_page_len, kv_indices;
+  for (int r = 0; r < batch; ++r) {
+    qo_indptr.push_back(qo_indptr.back() + q_lens[r]);
+    for (int i = 0; i < q_lens[r]; ++i) problem.token_request.push_back(r);
+    const int pages = (c.kv_lens[r] + c.page_size - 1) / c.page_size;
+    kv_indptr.push_back(kv_indptr.back() + pages);
+    last_page_len.push_back(pages ? c.kv_lens[r] - (pages - 1) * c.page_size : 0);
+  }
+  // Pages: shared levels first, then private ones; ids permuted at random.
+  int num_pages = 0;
+  kv_indices.assign(kv_indptr.back(), -1);
+  int first_column = 0;
+  for (const Level& level : c.levels) {
+    const int columns = level.keys / c.page_size;
+    for (int r = 0; r < batch; ++r) {
+      for (int j = first_column; j < first_column + columns && j < kv_indptr[r + 1] - kv_indptr[r]; ++j) {
+        const int lead = r / level.members * level.members;
+        kv_indices[kv_indptr[r] + j] = r == lead ? num_pages++ : kv_indices[kv_indptr[lead] + j];
+      }
+    }
+    first_column += columns;
+  }
+  for (int& page : kv_indices) {
+    if (page < 0) page = num_pages++;
+  }
+  std::vector<int> permutation(num_pages);
+  std::iota(permutation.begin(), permutation.end(), 0);
+  std::shuffle(permutation.begin(), permutation.end(), std::mt19937(7));
+  for (int& page : kv_indices) page = permutation[page];
+
+  // The plan, on the host.
+  const int num_tokens = qo_indptr.back();
+  const int tokens_per_row = options.rows_per_tile / group;
+  const int max_row_tokens = 4 * batch;
+  const int max_rows = batch + (num_tokens + tokens_per_row - 1) / tokens_per_row + max_row_tokens / 2;
+  const int max_tiles = c.split_keys ? 1 << 16 : max_rows * c.num_kv_heads + options.ctas;
+  const int max_merge = num_tokens + max_row_tokens;
+  std::vector<int> positions(num_tokens), row_tokens(max_row_tokens), tile_indptr(max_rows * c.num_kv_heads + 1),
+      cta_indptr(options.ctas + 1), merge_indptr(num_tokens + 1), merge_rows(2 * max_merge), counts(kNumCounts);
+  std::vector<Row> rows(max_rows);
+  std::vector<Tile> tiles(max_tiles);
+  std::vector<int> scratch(2 * num_pages + 64 * (batch + 1) + 8 * max_rows + 4096);
+  PlanParams pp{};
+  pp.plan = {qo_indptr.data(), kv_indptr.data(), kv_indices.data(), last_page_len.data(), positions.data(), rows.data(),
+             row_tokens.data(), tiles.data(), tile_indptr.data(), cta_indptr.data(), merge_indptr.data(),
+             merge_rows.data(), counts.data(), options.ctas, options.rows_per_tile, int(kv_indices.size()), max_rows,
+             max_row_tokens, max_tiles, max_merge, 1 << 22};
+  pp.scratch = scratch.data();
+  pp.scratch_size = scratch.size();
+  pp.batch = batch;
+  pp.num_tokens = num_tokens;
+  pp.num_kv_heads = c.num_kv_heads;
+  pp.group = group;
+  pp.page_size = c.page_size;
+  pp.num_pages = num_pages;
+  pp.causal = c.causal;
+  pp.window_left = c.window_left;
+  pp.policy = Policy::exact;
+  pp.sparse_begin = kv_indices.size();
+  pp.share = c.share;
+  pp.split_keys = c.split_keys;
+  if (run_plan_cpu(pp) != 0 || counts[kOverflow]) {
+    std::printf("%s: the plan overflowed\n", c.name.c_str());
+    std::exit(1);
+  }
+  std::copy(counts.begin(), counts.end(), problem.counts);
+
+  AttendParams& p = problem.params;
+  p.plan = pp.plan;
+  p.plan.qo_indptr = problem.own(to_device(qo_indptr));
+  p.plan.kv_indptr = problem.own(to_device(kv_indptr));
+  p.plan.kv_indices = problem.own(to_device(kv_indices));
+  p.plan.last_page_len = problem.own(to_device(last_page_len));
+  p.plan.positions = problem.own(to_device(positions));
+  p.plan.rows = problem.own(to_device(rows));
+  p.plan.row_tokens = problem.own(to_device(row_tokens));
+  p.plan.tiles = problem.own(to_device(tiles));
+  p.plan.tile_indptr = problem.own(to_device(tile_indptr));
+  p.plan.cta_indptr = problem.own(to_device(cta_indptr));
+  p.plan.merge_indptr = problem.own(to_device(merge_indptr));
+  p.plan.merge_rows = problem.own(to_device(merge_rows));
+  p.plan.counts = problem.own(to_device(counts));
+  p.plan.max_partials = std::max(1, counts[kNumPartials]);
+  p.batch = batch;
+  p.num_tokens = num_tokens;
+  p.num_qo_heads = c.num_qo_heads;
+  p.num_kv_heads = c.num_kv_heads;
+  p.head_dim = c.head_dim;
+  p.page_size = c.page_size;
+  p.num_pages = num_pages;
+  p.sm_scale = 1.0f / std::sqrt(float(c.head_dim));
+  p.logits_soft_cap = c.cap;
+  p.causal = c.causal;
+  p.window_left = c.window_left;
+  p.dtype = c.dtype;
+  p.decode = c.q_lens.empty();
+  CUDA_CHECK(cudaDeviceGetAttribute(&p.num_sms, cudaDevAttrMultiProcessorCount, 0));
+
+  const int64_t token = int64_t{c.num_kv_heads} * c.head_dim;
+  const int64_t page = token * c.page_size;
+  const int64_t q_count = int64_t{num_tokens} * c.num_qo_heads * c.head_dim;
+  uint16_t* q = problem.own(device_alloc<uint16_t>(q_count));
+  uint16_t* kv = problem.own(device_alloc<uint16_t>(2 * page * num_pages));
+  p.q = q;
+  p.k = kv;
+  p.v = kv + (c.interleaved ? page : page * num_pages);
+  p.q_stride_token = int64_t{c.num_qo_heads} * c.head_dim;
+  p.q_stride_head = c.head_dim;
+  p.k_stride_page = p.v_stride_page = c.interleaved ? 2 * page : page;
+  p.k_stride_token = p.v_stride_token = token;
+  p.k_stride_head = p.v_stride_head = c.head_dim;
+  if (c.dtype == DType::bf16) {
+    fill_random<<<2048, 256>>>((__nv_bfloat16*)q, q_count, 1);
+    fill_random<<<2048, 256>>>((__nv_bfloat16*)kv, 2 * page * num_pages, 2);
+  } else {
+    fill_random<<<2048, 256>>>((__half*)q, q_count, 1);
+    fill_random<<<2048, 256>>>((__half*)kv, 2 * page * num_pages, 2);
+  }
+  if (poison && batch) poison_tails<<<batch, 128>>>(p);
+  p.out = problem.own(device_alloc<uint16_t>(q_count));
+  p.lse = problem.own(device_alloc<float>(q_count / c.head_dim));
+  p.partial_o = problem.own(device_alloc<float>(int64_t{p.plan.max_partials} * c.head_dim));
+  p.partial_lse = problem.own(device_alloc<float>(p.plan.max_partials));
+  CUDA_CHECK(cudaDeviceSynchronize());
+  problem.unique_bytes = 2 * 2 * page * num_pages;
+  for (int len : c.kv_lens) problem.dense_bytes += 2 * 2 * token * len;
+}
+
+void attend(const AttendParams& p) {
+  CUDA_CHECK(run_attend_wgmma_sm90_decode(p));
+  CUDA_CHECK(run_merge_cuda(p));
+}
+
+// --- Check -----------------------------------------------------------------------------------------------------------
+
+float element(uint16_t bits, DType dtype) {
+  if (dtype == DType::bf16) {
+    const uint32_t wide = uint32_t{bits} << 16;
+    float x;
+    std::memcpy(&x, &wide, 4);
+    return x;
+  }
+  return __half2float(__half(__half_raw{bits}));
+}
+
+bool check(const Case& c, const Options& options) {
+  Problem problem;
+  build(problem, c, options, true);
+  AttendParams& p = problem.params;
+  const int64_t items = int64_t{p.num_tokens} * p.num_qo_heads, count = items * p.head_dim;
+  std::vector<uint16_t> out[2] = {std::vector<uint16_t>(count), std::vector<uint16_t>(count)};
+  std::vector<float> lse(items);
+  for (auto& result : out) {
+    CUDA_CHECK(cudaMemset(p.out, 0xFF, count * 2));
+    CUDA_CHECK(cudaMemset(p.lse, 0xFF, items * 4));
+    CUDA_CHECK(cudaMemset(p.partial_o, 0xFF, int64_t{p.plan.max_partials} * p.head_dim * 4));
+    CUDA_CHECK(cudaMemset(p.partial_lse, 0xFF, int64_t{p.plan.max_partials} * 4));
+    attend(p);
+    CUDA_CHECK(cudaDeviceSynchronize());
+    CUDA_CHECK(cudaMemcpy(result.data(), p.out, count * 2, cudaMemcpyDeviceToHost));
+  }
+  CUDA_CHECK(cudaMemcpy(lse.data(), p.lse, items * 4, cudaMemcpyDeviceToHost));
+
+  const int64_t longest = std::max(1, *std::max_element(c.kv_lens.begin(), c.kv_lens.end()));
+  double* scores = problem.own(device_alloc<double>(items * longest));
+  double* ref_out = problem.own(device_alloc<double>(count));
+  double* ref_lse = problem.own(device_alloc<double>(items));
+  int* token_request = problem.own(to_device(problem.token_request));
+  if (c.dtype == DType::bf16) {
+    reference<__nv_bfloat16><<<items, 128>>>(p, token_request, scores, longest, ref_out, ref_lse);
+  } else {
+    reference<__half><<<items, 128>>>(p, token_request, scores, longest, ref_out, ref_lse);
+  }
+  CUDA_CHECK(cudaDeviceSynchronize());
+  std::vector<double> expected(count), expected_lse(items);
+  CUDA_CHECK(cudaMemcpy(expected.data(), ref_out, count * 8, cudaMemcpyDeviceToHost));
+  CUDA_CHECK(cudaMemcpy(expected_lse.data(), ref_lse, items * 8, cudaMemcpyDeviceToHost));
+
+  // The rounding of the output alone is u / sqrt(3) of each element in the mean; P's rounding adds as much.
+  const double unit = c.dtype == DType::bf16 ? 1.0 / 256 : 1.0 / 2048;
+  double error = 0.0, norm = 0.0, worst_lse = 0.0;
+  bool finite = true;
+  for (int64_t i = 0; i < count; ++i) {
+    const double x = element(out[0][i], c.dtype);
+    finite &= std::isfinite(x);
+    error += (x - expected[i]) * (x - expected[i]);
+    norm += expected[i] * expected[i];
+  }
+  for (int64_t i = 0; i < items; ++i) {
+    if (std::isinf(expected_lse[i]) && lse[i] == expected_lse[i]) continue;
+    worst_lse = std::max(worst_lse, std::abs(lse[i] - expected_lse[i]));
+  }
+  const double relative = std::sqrt(error / std::max(norm, 1e-30));
+  const bool same = out[0] == out[1];
+  const bool good = finite && same && relative < unit && worst_lse < 1e-3;
+  std::printf("%-52s rows %4d tiles %5d packed %3d  error %.2e lse %.1e %s%s%s\n", c.name.c_str(),
+              problem.counts[kNumRows], problem.counts[kNumTiles], problem.counts[kRowsPacked], relative, worst_lse,
+              good ? "ok" : "FAILED", finite ? "" : " (not finite)", same ? "" : " (runs differ)");
+  std::fflush(stdout);
+  return good;
+}
+
+std::vector<Case> check_cases() {
+  std::vector<Case> cases;
+  const std::vector<int> ragged = {1, 0, 15, 16, 17, 63, 64, 65, 127, 128, 129, 640, 1000, 2047, 3333};
+  for (int page_size : {16, 32, 64, 128}) {
+    for (int head_dim : {64, 128}) {
+      const std::string tail = " p" + std::to_string(page_size) + " d" + std::to_string(head_dim);
+      cases.push_back({.name = "ragged" + tail, .kv_lens = ragged, .head_dim = head_dim, .page_size = page_size});
+      cases.push_back({.name = "ragged 9 requests share" + tail,
+                       .kv_lens = {1300, 1290, 1345, 1408, 1281, 1400, 1500, 1555, 1289},
+                       .head_dim = head_dim,
+                       .page_size = page_size,
+                       .levels = {{9, 1280}}});
+    }
+  }
+  for (auto [q, kv] : {std::pair{8, 8}, {16, 4}, {20, 4}, {28, 4}, {64, 8}, {24, 2}, {32, 2}, {8, 1}}) {
+    cases.push_back({.name = "heads " + std::to_string(q) + "/" + std::to_string(kv),
+                     .kv_lens = ragged,
+                     .num_qo_heads = q,
+                     .num_kv_heads = kv});
+    cases.push_back({.name = "heads " + std::to_string(q) + "/" + std::to_string(kv) + " share",
+                     .kv_lens = {1300, 2290, 1345, 1408, 1281, 1400, 1500},
+                     .num_qo_heads = q,
+                     .num_kv_heads = kv,
+                     .levels = {{7, 1280}}});
+  }
+  for (int batch : {2, 3, 4, 5, 8, 12, 16, 17, 40}) {
+    cases.push_back({.name = "shared by " + std::to_string(batch),
+                     .kv_lens = std::vector<int>(batch, 4096 + 77),
+                     .levels = {{batch, 4096}}});
+  }
+  cases.push_back({.name = "tree of three levels",
+                   .kv_lens = std::vector<int>(24, 8192 + 300),
+                   .levels = {{24, 2048}, {8, 4096}, {4, 2048}}});
+  cases.push_back({.name = "fp16", .kv_lens = ragged, .dtype = DType::fp16});
+  cases.push_back({.name = "fp16 d64 share",
+                   .kv_lens = std::vector<int>(12, 2100),
+                   .head_dim = 64,
+                   .dtype = DType::fp16,
+                   .levels = {{12, 2048}}});
+  cases.push_back({.name = "soft cap", .kv_lens = ragged, .cap = 2.0f});
+  cases.push_back({.name = "soft cap share", .kv_lens = std::vector<int>(12, 2100), .levels = {{12, 2048}}, .cap = 30.0f});
+  cases.push_back({.name = "window 100", .kv_lens = ragged, .window_left = 100});
+  cases.push_back({.name = "window 0", .kv_lens = ragged, .window_left = 0});
+  cases.push_back({.name = "window 700 page 128", .kv_lens = ragged, .page_size = 128, .window_left = 700});
+  cases.push_back({.name = "several query tokens",
+                   .kv_lens = {5, 100, 777, 1000, 64, 2000},
+                   .q_lens = {5, 3, 16, 40, 1, 2}});
+  cases.push_back({.name = "several query tokens, window",
+                   .kv_lens = {5, 100, 777, 1000, 64, 2000},
+                   .q_lens = {5, 3, 16, 40, 1, 2},
+                   .window_left = 50});
+  cases.push_back({.name = "several query tokens, not causal",
+                   .kv_lens = {5, 100, 777, 1000, 64, 2000},
+                   .q_lens = {5, 3, 16, 40, 1, 2},
+                   .causal = 0});
+  cases.push_back({.name = "split every 256 keys", .kv_lens = ragged, .split_keys = 256});
+  cases.push_back({.name = "interleaved cache", .kv_lens = ragged, .interleaved = true});
+  cases.push_back({.name = "1 x 20000", .kv_lens = {20000}});
+  cases.push_back({.name = "many short", .kv_lens = std::vector<int>(300, 130)});
+  return cases;
+}
+
+// --- Time ------------------------------------------------------------------------------------------------------------
+
+double median(std::vector<float> x) {
+  std::sort(x.begin(), x.end());
+  return x[x.size() / 2];
+}
+
+// Microseconds of a captured graph, L2 flushed before each replay.
+double time_graph(const std::function<void()>& body, void* flush, size_t flush_bytes, int repeats) {
+  cudaStream_t stream;
+  CUDA_CHECK(cudaStreamCreate(&stream));
+  cudaGraph_t graph;
+  cudaGraphExec_t exec;
+  CUDA_CHECK(cudaStreamBeginCapture(cudaStreamPerThread, cudaStreamCaptureModeThreadLocal));
+  body();
+  CUDA_CHECK(cudaStreamEndCapture(cudaStreamPerThread, &graph));
+  CUDA_CHECK(cudaGraphInstantiate(&exec, graph, 0));
+  cudaEvent_t begin, end;
+  CUDA_CHECK(cudaEventCreate(&begin));
+  CUDA_CHECK(cudaEventCreate(&end));
+  std::vector<float> times;
+  for (int i = 0; i < repeats + 3; ++i) {
+    CUDA_CHECK(cudaMemsetAsync(flush, i, flush_bytes, stream));
+    CUDA_CHECK(cudaEventRecord(begin, stream));
+    CUDA_CHECK(cudaGraphLaunch(exec, stream));
+    CUDA_CHECK(cudaEventRecord(end, stream));
+    CUDA_CHECK(cudaEventSynchronize(end));
+    float ms;
+    CUDA_CHECK(cudaEventElapsedTime(&ms, begin, end));
+    if (i >= 3) times.push_back(ms * 1000);
+  }
+  CUDA_CHECK(cudaGraphExecDestroy(exec));
+  CUDA_CHECK(cudaGraphDestroy(graph));
+  CUDA_CHECK(cudaStreamDestroy(stream));
+  return median(times);
+}
+
+struct Timed {
+  Case c;
+  double peer_us;  // the best of FA3 and FlashInfer where it was measured, else 0
+  double bar;      // ratio to it
+};
+
+std::vector<Timed> time_cases() {
+  auto dense = [](int batch, int context, double peer, double bar, Case c = {}) {
+    c.name = std::to_string(batch) + "x" + std::to_string(context) + c.name;
+    c.kv_lens = std::vector<int>(batch, context);
+    return Timed{c, peer, bar};
+  };
+  auto shared = [](int batch, int context, std::vector<Level> levels, double peer, double bar) {
+    Case c{.name = std::to_string(batch) + "x" + std::to_string(context) + " shared"};
+    for (const Level& level : levels) c.name += " " + std::to_string(level.members) + "*" + std::to_string(level.keys);
+    c.kv_lens = std::vector<int>(batch, context);
+    c.levels = levels;
+    return Timed{c, peer, bar};
+  };
+  std::vector<Timed> cases = {
+      dense(1, 1024, 14.4, 0.83), dense(1, 2048, 0, 0.83), dense(1, 8192, 25.2, 0.83), dense(1, 32768, 51.0, 0.83),
+      dense(1, 131072, 142, 1.03), dense(2, 8192, 0, 0.83), dense(4, 8192, 0, 0.83), dense(8, 1024, 22.9, 0.83),
+      dense(8, 8192, 80.7, 0.88), dense(8, 32768, 259, 0.83), dense(8, 131072, 991, 1.03),
+      dense(16, 131072, 1946, 1.0), dense(64, 1024, 84.8, 0.88), dense(64, 8192, 504, 1.03),
+      dense(256, 2048, 505, 1.03),
+      dense(1, 8192, 14.6, 1.0, {.name = " 8q/1kv", .num_qo_heads = 8, .num_kv_heads = 1}),
+      dense(16, 8192, 33.9, 1.0, {.name = " 8q/1kv", .num_qo_heads = 8, .num_kv_heads = 1}),
+      dense(16, 8192, 139.5, 1.0, {.name = " 64q/8kv", .num_qo_heads = 64}),
+      dense(64, 8192, 254.9, 1.0, {.name = " 28q/4kv", .num_qo_heads = 28, .num_kv_heads = 4}),
+      dense(32, 4096, 483.7, 1.0, {.name = " 32q/32kv", .num_kv_heads = 32}),
+      dense(64, 8192, 262.9, 1.0, {.name = " d64", .head_dim = 64}),
+      dense(64, 8192, 490.1, 1.0, {.name = " p16", .page_size = 16}),
+      dense(64, 8192, 0, 1.0, {.name = " p32", .page_size = 32}),
+      shared(64, 8192, {{64, 5760}}, 363, 0.52),
+      shared(256, 4096, {{256, 2816}}, 661, 0.57),
+      shared(64, 36864, {{64, 32768}}, 1381, 0.27),
+      shared(128, 9216, {{128, 8192}}, 726, 0.26),
+      shared(512, 8448, {{128, 8192}}, 2904, 0.15),
+      shared(64, 21504, {{64, 4096}, {8, 16384}}, 0, 0),
+  };
+  std::mt19937 random(3);
+  Case ragged{.name = "64 ragged 256..64K"};
+  for (int i = 0; i < 64; ++i) {
+    ragged.kv_lens.push_back(int(256 * std::exp(std::uniform_real_distribution<>(0, std::log(256.0))(random))));
+  }
+  cases.push_back({ragged, 0, 1.0});
+  return cases;
+}
+
+void time_case(const Timed& timed, const Options& options, void* flush, size_t flush_bytes) {
+  Problem problem;
+  build(problem, timed.c, options, false);
+  AttendParams p = problem.params;
+  p.lse = nullptr;
+  p.stream = cudaStreamPerThread;
+  const int repeats = 15;
+  const double both = time_graph([&] { attend(p); }, flush, flush_bytes, repeats);
+  const double alone =
+      time_graph([&] { CUDA_CHECK(run_attend_wgmma_sm90_decode(p)); }, flush, flush_bytes, repeats);
+  const double floor = problem.unique_bytes / 4.3e6;
+  std::printf("%-34s ctas %3d rows %2d  %8.1f us (attend %8.1f)  %5.2f TB/s  floor %7.1f", timed.c.name.c_str(),
+              options.ctas, options.rows_per_tile, both, alone, problem.unique_bytes / both * 1e-6, floor);
+  if (timed.peer_us > 0) std::printf("  peer %7.1f ratio %.2f (bar %.2f)", timed.peer_us, both / timed.peer_us, timed.bar);
+  std::printf("  tiles %d partials %d\n", problem.counts[kNumTiles], problem.counts[kNumPartials]);
+  std::fflush(stdout);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const std::string mode = argc > 1 ? argv[1] : "check";
+  std::string filter;
+  std::vector<int> ctas;
+  Options options;
+  for (int i = 2; i < argc; ++i) {
+    if (!std::strcmp(argv[i], "--ctas")) {
+      ctas.push_back(std::atoi(argv[++i]));
+    } else if (!std::strcmp(argv[i], "--rows")) {
+      options.rows_per_tile = std::atoi(argv[++i]);
+    } else {
+      filter = argv[i];
+    }
+  }
+  if (ctas.empty()) ctas = {132, 264};
+  int failures = 0;
+  if (mode == "check") {
+    for (int count : ctas) {
+      options.ctas = count;
+      for (const Case& c : check_cases()) {
+        if (c.name.find(filter) != std::string::npos) failures += !check(c, options);
+      }
+    }
+    std::printf("%d failures\n", failures);
+  } else {
+    const size_t flush_bytes = size_t{256} << 20;
+    void* flush = device_alloc<uint8_t>(flush_bytes);
+    for (const Timed& timed : time_cases()) {
+      if (timed.c.name.find(filter) == std::string::npos) continue;
+      for (int count : ctas) {
+        options.ctas = count;
+        time_case(timed, options, flush, flush_bytes);
+      }
+    }
+  }
+  return failures != 0;
+}
