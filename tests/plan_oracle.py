@@ -1,11 +1,12 @@
 """Batches for the planner as plain lists, and the laws that every plan of them obeys.
 
-The laws are checked in Python over the finished plan, with no arithmetic of the planner: rows cover every visible key of
-every token once, tiles partition rows, CTAs partition tiles evenly, merge lists are complete and in the order of the keys.
+The laws are checked in Python over the finished plan, with no arithmetic of the planner: rows cover every visible key
+of every token once, tiles partition rows, CTAs partition tiles evenly, merge lists are complete and in key order.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 
 import torch
@@ -61,7 +62,11 @@ class Batch:
         return pages if pages and self.q_lens[r] == 1 and len(self.tables[r]) > pages else 0
 
     def capacity(self, **changes: int) -> Capacity:
-        lists = self.budget_pages * self.num_kv_heads if self.policy is Policy.TOPK else self.sink_pages + self.recent_pages
+        lists = {
+            Policy.EXACT: 0,
+            Policy.WINDOW: self.sink_pages + self.recent_pages,
+            Policy.TOPK: self.budget_pages * self.num_kv_heads,
+        }[self.policy]
         sizes = {
             "batch": self.size,
             "tokens": sum(self.q_lens),
@@ -71,7 +76,7 @@ class Batch:
             "group": self.group,
             "rows_per_tile": self.rows_per_tile,
             "num_ctas": self.num_ctas,
-            "sparse_pages": 0 if self.policy is Policy.EXACT else self.size * lists,
+            "sparse_pages": self.size * lists,
             "page_size": self.page_size,
             "split_keys": self.split_keys,
         }
@@ -207,13 +212,14 @@ def check_coverage(view: PlanView, batch: Batch) -> None:
                 assert (row_index, i_token) not in listed
                 listed.add((row_index, i_token))
             rows = [view.rows[row_index] for row_index, _ in entries]
-            assert all(bool(row.flags & SOLE) == (len(rows) == 1) for row in rows)
+            for row in rows:
+                assert bool(row.flags & SOLE) == (len(rows) == 1 and not row.flags & PACKED)
             if batch.sparse(r):
                 check_sparse_row(view, batch, r, rows)
             elif begin < end:
                 assert rows[0].kv_pos <= begin, "the first visible key is read"
                 assert rows[-1].kv_pos + rows[-1].kv_len >= end, "the last visible key is read"
-                for before, after in zip(rows, rows[1:], strict=False):
+                for before, after in itertools.pairwise(rows):
                     assert before.kv_pos + before.kv_len == after.kv_pos, "rows follow each other along the keys"
                 for row in rows:
                     assert row.kv_pos % batch.page_size == 0
@@ -266,7 +272,7 @@ def check_tiles(view: PlanView, batch: Batch, capacity: Capacity) -> None:
             if not direct:
                 used.append((tile[3], tile[3] + packed))
     used.sort()
-    assert all(a[1] <= b[0] for a, b in zip(used, used[1:], strict=False)), "partials are disjoint"
+    assert all(a[1] <= b[0] for a, b in itertools.pairwise(used)), "partials are disjoint"
     total = used[-1][1] if used else 0
     assert (used[0][0] if used else 0) >= 0
     assert view.counts[Count.NUM_PARTIALS] == total <= capacity.max_partials
@@ -280,7 +286,7 @@ def check_ctas(view: PlanView, batch: Batch) -> None:
     indptr = view.cta_indptr
     assert indptr[0] == 0
     assert indptr[-1] == len(view.tiles)
-    assert all(a <= b for a, b in zip(indptr, indptr[1:], strict=False))
+    assert all(a <= b for a, b in itertools.pairwise(indptr))
     if batch.split_keys or not view.tiles:
         return
     costs, weights = [], []
@@ -291,7 +297,7 @@ def check_ctas(view: PlanView, batch: Batch) -> None:
     # The line also holds one unit of start-up for each pair.
     total = sum(costs) + sum(unit_cost(len(row.tokens) * batch.group) for row in view.rows) * batch.num_kv_heads
     shares = min(batch.num_ctas, max(1, total // (MIN_UNITS * BASE_COST)))
-    for begin, end in zip(indptr, indptr[1:], strict=False):
+    for begin, end in itertools.pairwise(indptr):
         assert sum(costs[begin:end]) <= total / shares + max(weights), "no CTA has more than its share and a unit"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import plan_oracle
@@ -20,7 +21,7 @@ def private(kv_lens: list[int], page_size: int = 16, **fields: object) -> Batch:
     columns = [-(-length // page_size) for length in kv_lens]
     pages = (1 + torch.randperm(sum(columns), generator=torch.Generator().manual_seed(len(kv_lens)))).tolist()
     begins = plan_oracle.cumulative(columns)
-    tables = [pages[begin:end] for begin, end in zip(begins, begins[1:], strict=False)]
+    tables = [pages[begin:end] for begin, end in itertools.pairwise(begins)]
     return Batch(tables, kv_lens, page_size=page_size, **fields)  # type: ignore[arg-type]
 
 

@@ -75,7 +75,9 @@ class Capacity:
                 "a tile holds whole tokens"
             )
         if self.split_keys % SPLIT_UNIT:
-            raise ValueError(f"split_keys: expected a multiple of {SPLIT_UNIT}, got {self.split_keys}; use 0 for balanced")
+            raise ValueError(
+                f"split_keys: expected a multiple of {SPLIT_UNIT}, got {self.split_keys}; use 0 for balanced"
+            )
 
     @property
     def tokens_per_row(self) -> int:
@@ -83,7 +85,7 @@ class Capacity:
 
     @property
     def packs(self) -> bool:
-        """Whether rows of requests that share pages can arise: they hold two tokens, and never in deterministic mode."""
+        """Whether packed rows can arise: a row has room for two tokens, and cuts are not fixed."""
         return self.share and not self.split_keys and self.tokens_per_row >= 2
 
     @property

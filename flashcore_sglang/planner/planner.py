@@ -80,11 +80,13 @@ class Planner:
             )
         if (capacity.page_size, capacity.split_keys) != (options.page_size, options.split_keys):
             raise ValueError(
-                f"capacity: expected page_size {options.page_size} and split_keys {options.split_keys} as in the options, "
-                f"got {capacity.page_size} and {capacity.split_keys}; make both from the same settings"
+                f"capacity: expected page_size {options.page_size} and split_keys {options.split_keys}, "
+                f"as in the options, got {capacity.page_size} and {capacity.split_keys}; make both from the same settings"
             )
         if options.policy is not Policy.EXACT and options.recent_pages < 1:
-            raise ValueError(f"recent_pages: expected at least 1, got {options.recent_pages}; a token reads its own page")
+            raise ValueError(
+                f"recent_pages: expected at least 1, got {options.recent_pages}; a token reads its own page"
+            )
         if options.policy is Policy.TOPK and options.budget_pages <= options.sink_pages + options.recent_pages:
             raise ValueError(
                 f"budget_pages: expected more than sink_pages + recent_pages = "
@@ -152,7 +154,9 @@ class Planner:
             kv_indptr: ``[batch + 1]`` pages of each request.
             kv_indices: page ids, ``kv_indptr[batch]`` or more.
             last_page_len: ``[batch]`` keys in the last page of each request.
-            num_tokens, causal, window_left: as in ``begin``.
+            num_tokens: ``qo_indptr[batch]``, needed with it.
+            causal: a query token sees keys up to its own position.
+            window_left: keys before its own position that a token sees; negative: all.
 
         Raises:
             ValueError: the batch is larger than the capacity.
@@ -160,7 +164,9 @@ class Planner:
         batch = kv_indptr.shape[0] - 1
         pages = kv_indices.shape[0]
         if pages > self.capacity.pages:
-            raise ValueError(f"kv_indices: expected at most {self.capacity.pages} pages, got {pages}; plan for more pages")
+            raise ValueError(
+                f"kv_indices: expected at most {self.capacity.pages} pages, got {pages}; plan for more pages"
+            )
         num_tokens = self._start(batch, qo_indptr, num_tokens)
         plan = self.plan
         plan.kv_indptr[: batch + 1].copy_(kv_indptr, non_blocking=True)
@@ -183,21 +189,25 @@ class Planner:
 
     def _start(self, batch: int, qo_indptr: torch.Tensor | None, num_tokens: int | None) -> int:
         if batch > self.capacity.batch:
-            raise ValueError(f"batch: expected at most {self.capacity.batch} requests, got {batch}; plan for a larger batch")
+            raise ValueError(
+                f"batch: expected at most {self.capacity.batch} requests, got {batch}; plan for a larger batch"
+            )
         if qo_indptr is None:
             qo_indptr, num_tokens = self._one_token_each[: batch + 1], batch
         if num_tokens is None:
             raise ValueError("num_tokens: expected qo_indptr[batch] as an int beside qo_indptr, got None; pass it")
         if num_tokens > self.capacity.tokens:
-            raise ValueError(f"num_tokens: expected at most {self.capacity.tokens}, got {num_tokens}; plan for more tokens")
+            raise ValueError(
+                f"num_tokens: expected at most {self.capacity.tokens}, got {num_tokens}; plan for more tokens"
+            )
         self.plan.batch = batch
         self.plan.qo_indptr[: batch + 1].copy_(qo_indptr, non_blocking=True)
         return num_tokens
 
     def _make(self, num_tokens: int, *, decode: bool, causal: bool, window_left: int) -> None:
         """Fills ``self.plan`` from its page table. Only whole decode batches are sparse or shared."""
-        sparse = decode and window_left < 0
-        self._run_plan(self.plan, self.options.policy if sparse else Policy.EXACT, num_tokens, decode, causal, window_left)
+        policy = self.options.policy if decode and window_left < 0 else Policy.EXACT
+        self._run_plan(self.plan, policy, num_tokens, decode, causal, window_left)
 
     def _run_plan(
         self, plan: Plan, policy: Policy, num_tokens: int, decode: bool, causal: bool, window_left: int

@@ -1,8 +1,9 @@
 """Policy topk: a decode step reads, for each KV head, the pages that its queries score highest, within a budget.
 
-After Quest (arXiv 2406.10774) with mean and standard deviation of K in place of its minimum and maximum. A page's summary
-is per layer and KV head and written when K is stored. How many pages a row reads is known when the batch is planned, so
-tiles are cut once; which pages, the select op writes before each layer attends. Sinks and recent pages are always in.
+After Quest (arXiv 2406.10774) with mean and standard deviation of K in place of its minimum and maximum. A page's
+summary is per layer and KV head and written when K is stored. How many pages a row reads is known when the batch is
+planned, so tiles are cut once; which pages, the select op writes before each layer attends. Sinks and recent pages are
+always in.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Policy window: a decode step reads the first and the most recent pages of a request.
 
-After StreamingLLM (arXiv 2309.17453). Requests of at most sink + recent pages are read whole. The page lists stand in the
-sparse part of ``kv_indices`` and are written by the plan op; keys keep their rotary positions.
+After StreamingLLM (arXiv 2309.17453). Requests of at most sink + recent pages are read whole. The page lists stand in
+the sparse part of ``kv_indices`` and are written by the plan op; keys keep their rotary positions.
 """
 
 from __future__ import annotations

@@ -1,0 +1,277 @@
+"""The planner with sharing: prefix trees are found and read once, and every table there can be is planned exactly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from random import Random
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from plan_oracle import PACKED, Batch, check_plan
+from test_plan import used_parts
+
+from flashcore_sglang.planner import Count, Plan, Policy
+
+
+@dataclass
+class Node:
+    """A stretch of ``keys`` that everything below it shares; a node without children is a request."""
+
+    keys: int
+    children: list[Node] = field(default_factory=list)
+
+
+def leaves(count: int, keys: int) -> list[Node]:
+    return [Node(keys) for _ in range(count)]
+
+
+def from_tree(roots: list[Node], page_size: int, seed: int = 0, **fields: object) -> Batch:
+    """The decode batch of a forest: shared keys are rounded down to pages, as SGLang's radix cache does."""
+    tables: list[list[int]] = []
+    kv_lens: list[int] = []
+    next_page = 1
+
+    def visit(node: Node, prefix: list[int]) -> None:
+        nonlocal next_page
+        columns = node.keys // page_size if node.children else -(-node.keys // page_size)
+        own = list(range(next_page, next_page + columns))
+        next_page += columns
+        if not node.children:
+            tables.append(prefix + own)
+            kv_lens.append(len(prefix) * page_size + node.keys)
+        for child in node.children:
+            visit(child, prefix + own)
+
+    for root in roots:
+        visit(root, [])
+    rng = Random(seed)
+    ids = list(range(next_page))
+    rng.shuffle(ids)
+    order = list(range(len(tables)))
+    rng.shuffle(order)
+    return Batch(
+        [[ids[page] for page in tables[r]] for r in order],
+        [kv_lens[r] for r in order],
+        page_size=page_size,
+        **fields,  # type: ignore[arg-type]
+    )
+
+
+def unique_pages(batch: Batch) -> int:
+    return len({page for table in batch.tables for page in table})
+
+
+HOPPER = {"num_kv_heads": 8, "group": 4, "rows_per_tile": 64, "num_ctas": 132}
+
+TREES: dict[str, Batch] = {
+    "one prefix": from_tree([Node(8192, leaves(64, 512))], 64, **HOPPER),
+    "four groups": from_tree([Node(2048, leaves(16, 256)) for _ in range(4)], 64, **HOPPER),
+    "depth 3": from_tree([Node(4096, [Node(16384, leaves(8, 1024)) for _ in range(8)])], 64, **HOPPER),
+    "depth 4, page 16": from_tree(
+        [Node(2048, [Node(2048, [Node(2048, leaves(4, 100)) for _ in range(2)]) for _ in range(2)])], 16, **HOPPER
+    ),
+    "two rows a node": from_tree([Node(4096, leaves(21, 65))], 64, **HOPPER),
+    "page 1": from_tree([Node(4000, leaves(9, 3))], 1, **HOPPER),
+    "whole pages to the end": Batch([list(range(1, 101))] * 8, [6400] * 8, page_size=64, **HOPPER),
+    "shared among strangers": from_tree([Node(8192, leaves(8, 100)), *leaves(9, 3000)], 64, seed=3, **HOPPER),
+}
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_a_tree_is_read_once(name: str) -> None:
+    batch = TREES[name]
+    view = check_plan(batch.plan(), batch)
+    stretches = {row.page_begin: -(-row.kv_len // batch.page_size) for row in view.rows}  # a node may have several rows
+    assert sum(stretches.values()) == unique_pages(batch)
+
+
+def test_rows_of_a_node_are_even() -> None:
+    batch = TREES["two rows a node"]
+    view = check_plan(batch.plan(), batch)
+    assert sorted(len(row.tokens) for row in view.rows if row.flags & PACKED) == [10, 11]
+
+
+@pytest.mark.parametrize("prefix, packed", [(384, False), (512, True)])
+def test_break_even_of_eight_requests(prefix: int, packed: bool) -> None:
+    batch = from_tree([Node(prefix, leaves(8, 2000))], 64, **HOPPER)
+    view = check_plan(batch.plan(), batch)
+    assert bool(view.counts[Count.ROWS_PACKED]) == packed
+
+
+def test_a_small_common_start_does_not_hide_documents() -> None:
+    """One page common to all does not pay by itself; the documents behind it do, and take it along."""
+    batch = from_tree([Node(64, [Node(8192, leaves(4, 100)) for _ in range(2)])], 64, **HOPPER)
+    view = check_plan(batch.plan(), batch)
+    packed = [row for row in view.rows if row.flags & PACKED]
+    assert sorted((row.kv_pos, row.kv_len, len(row.tokens)) for row in packed) == [(0, 8256, 4)] * 2
+
+
+def test_deep_trees_stop_at_the_levels_there_is_room_for() -> None:
+    node = Node(4096, leaves(2, 64))
+    for _ in range(6):
+        node = Node(4096, [node, *leaves(2, 64)])
+    batch = from_tree([node], 64, **HOPPER)
+    view = check_plan(batch.plan(), batch)
+    assert max(len(entries) for entries in view.merge) == 5
+
+
+OFF: dict[str, dict[str, object]] = {
+    "switched off": {"share": False},
+    "fixed cuts": {"split_keys": 128},
+    "window left": {"window_left": 1 << 20},
+    "a row holds one token": {"rows_per_tile": 4},
+}
+
+
+@pytest.mark.parametrize("name", OFF)
+def test_where_nothing_is_packed(name: str) -> None:
+    batch = replace(TREES["one prefix"], **OFF[name])  # type: ignore[arg-type]
+    assert check_plan(batch.plan(), batch).counts[Count.ROWS_PACKED] == 0
+
+
+def test_extending_requests_are_not_packed() -> None:
+    batch = replace(TREES["one prefix"], q_lens=[2] * 10 + [1] * 54)
+    view = check_plan(batch.plan(), batch)
+    packed = {token for row in view.rows if row.flags & PACKED for token in row.tokens}
+    assert packed == set(range(20, 74))
+
+
+def test_sparse_requests_are_not_packed() -> None:
+    long, short = from_tree([Node(8192, leaves(8, 512))], 64), from_tree([Node(4096, leaves(8, 64))], 64)
+    shift = long.num_pages
+    tables = long.tables + [[page + shift for page in table] for table in short.tables]
+    batch = Batch(tables, long.kv_lens + short.kv_lens, page_size=64, **HOPPER)  # type: ignore[arg-type]
+    batch = replace(batch, policy=Policy.TOPK, budget_pages=100)
+    view = check_plan(batch.plan(), batch)
+    packed = {token for row in view.rows if row.flags & PACKED for token in row.tokens}
+    assert packed == set(range(8, 16))
+
+
+BIG = {"page_size": 64, **HOPPER}
+A, B, C = list(range(1, 101)), list(range(101, 201)), list(range(201, 301))
+ADVERSARIAL: dict[str, Batch] = {
+    # Nothing below is a prefix tree; SGLang never makes such tables, and the rows have to be exact all the same.
+    "shared after private columns": Batch([[300 + r, *A] for r in range(8)], [6464] * 8, **BIG),
+    "shared after another prefix": Batch([A + C] * 3 + [B + C] * 3, [12800] * 6, **BIG),
+    "one page everywhere": Batch([[7] * 100] * 8, [6400] * 8, **BIG),
+    "shifted by a column": Batch([A] * 4 + [[500, *A]] * 4, [6400] * 4 + [6464] * 4, **BIG),
+    "reversed": Batch([A] * 4 + [A[::-1]] * 4, [6400] * 8, **BIG),
+    "an owner that ends early": Batch([A[:50], A, A, A], [3200, 6400, 6400, 6400], **BIG),
+    "an owner in mid-page": Batch([A[:50], A, A, A], [3150, 6400, 6400, 6400], **BIG),
+    "a hole": Batch([A, A, [*A[:40], 400, *A[41:]], A], [6400] * 4, **BIG),
+    "joined stretches of different owners": Batch(
+        [[301, *A], [301, *B], [302, *A], [302, *B], [303, *A], [303, *A], [301, *A]], [6464] * 7, **BIG
+    ),
+    "pages beyond the pool": Batch([[1, 2, 3]] * 4, [192] * 4, **BIG),
+}
+
+
+@pytest.mark.parametrize("name", ADVERSARIAL)
+def test_tables_that_are_no_tree(name: str) -> None:
+    batch = ADVERSARIAL[name]
+    small = {"num_pages": 2} if name == "pages beyond the pool" else {}
+    check_plan(batch.plan(**small), batch)
+
+
+def test_entries_behind_a_request_are_not_read() -> None:
+    """A narrower batch in the buffers of a wider one: the rest of them is another batch's."""
+    batch = TREES["four groups"]
+    plan = Plan.allocate(batch.capacity(batch=80, tokens=80, pages=4000), "cpu")
+    for buffer in plan.tensors():
+        buffer.fill_(12345)
+    batch.load(plan)
+    batch.run(plan)
+    check_plan(plan, batch)
+
+
+def test_plans_follow_each_other_in_the_same_buffers() -> None:
+    first, second = TREES["depth 3"], replace(TREES["four groups"], **HOPPER)
+    plan = Plan.allocate(first.capacity(batch=100, tokens=100, pages=30_000, num_pages=30_000), "cpu")
+    for batch in (first, second, first):
+        batch.load(plan)
+        batch.run(plan)
+        check_plan(plan, batch)
+        for a, b in zip(used_parts(plan, batch), used_parts(batch.plan(), batch), strict=True):
+            assert torch.equal(a, b)
+
+
+@st.composite
+def tables(draw: st.DrawFn) -> Batch:
+    """Random forests, half of them with pages then overwritten by other pages of the pool.
+
+    Pages are long, so that packing pays in small tables.
+    """
+    rng = Random(draw(st.integers(0, 1 << 32)))
+    page_size = rng.choice([16, 1024, 4096])
+
+    def grow(depth: int) -> Node:
+        keys = rng.randrange(0, 6 * page_size)
+        if depth == 0 or rng.random() < 0.3:
+            return Node(max(1, keys))
+        return Node(keys, [grow(depth - 1) for _ in range(rng.randrange(1, 4))])
+
+    batch = from_tree([grow(3) for _ in range(rng.randrange(1, 4))], page_size, seed=rng.randrange(1000))
+    if rng.random() < 0.5:
+        for _ in range(rng.randrange(1, 6)):
+            table = rng.choice(batch.tables)
+            if table:
+                table[rng.randrange(len(table))] = rng.randrange(batch.num_pages)
+    group = rng.randrange(1, 5)
+    return replace(
+        batch,
+        num_kv_heads=rng.choice([1, 3, 8]),
+        group=group,
+        rows_per_tile=group * rng.randrange(1, 6),
+        num_ctas=rng.randrange(1, 12),
+        q_lens=[1 if rng.random() < 0.9 else min(2, n) for n in batch.kv_lens],
+        policy=rng.choice([Policy.EXACT, Policy.EXACT, Policy.WINDOW]),
+    )
+
+
+@settings(max_examples=10_000, deadline=None, suppress_health_check=list(HealthCheck))
+@given(tables())
+def test_any_tables(batch: Batch) -> None:
+    check_plan(batch.plan(), batch)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [*TREES, *ADVERSARIAL])
+def test_cuda_plans_as_the_cpu_does(name: str) -> None:
+    batch = {**TREES, **ADVERSARIAL}[name]
+    small = {"num_pages": 2} if name == "pages beyond the pool" else {}
+    on_gpu = batch.plan("cuda", **small)
+    check_plan(on_gpu, batch)
+    for a, b in zip(used_parts(on_gpu, batch), used_parts(batch.plan(**small), batch), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.gpu
+@settings(max_examples=1_000, deadline=None, suppress_health_check=list(HealthCheck))
+@given(tables())
+def test_cuda_plans_any_tables_as_the_cpu_does(batch: Batch) -> None:
+    for a, b in zip(used_parts(batch.plan("cuda"), batch), used_parts(batch.plan(), batch), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.gpu
+def test_a_captured_plan_follows_the_tables() -> None:
+    """One graph for a batch size: what is shared, and how much work there is, changes between replays."""
+    batches = [TREES["four groups"], TREES["one prefix"], from_tree(leaves(64, 3000), 64, **HOPPER)]
+    assert len({batch.size for batch in batches}) == 1
+    pages, pool = max(sum(map(len, b.tables)) for b in batches), max(b.num_pages for b in batches)
+    plan = Plan.allocate(batches[0].capacity(pages=pages, num_pages=pool), "cuda")
+    batches[0].load(plan)
+    batches[0].run(plan)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        batches[0].run(plan)
+    for batch in [*batches, batches[0]]:
+        batch.load(plan)
+        graph.replay()
+        torch.cuda.synchronize()
+        check_plan(plan, batch)
+        for a, b in zip(used_parts(plan, batch), used_parts(batch.plan(), batch), strict=True):
+            assert torch.equal(a, b)
