@@ -65,7 +65,7 @@ def test_plugin_import_loads_no_library_and_no_cuda() -> None:
 
 def test_a_missing_library_names_the_folder_and_the_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flashcore_sglang, "__path__", [str(tmp_path)])
-    with pytest.raises(LibraryError, match=f"_C.so in {tmp_path}.*pip install --no-build-isolation"):
+    with pytest.raises(LibraryError, match=rf"_C\.so in {tmp_path}.*pip install --no-build-isolation"):
         library_path()
 
 
@@ -74,12 +74,12 @@ def test_a_library_for_another_torch_says_which_torch(tmp_path: Path, monkeypatc
     source.write_text('extern "C" int aoti_torch_of_the_future();\nint f() { return aoti_torch_of_the_future(); }\n')
     subprocess.run(["c++", "-shared", "-fPIC", "-o", tmp_path / "_C.so", source], check=True)
     monkeypatch.setattr(flashcore_sglang, "__path__", [str(tmp_path)])
-    with pytest.raises(LibraryError, match="undefined symbol: aoti_torch_of_the_future.*install torch>=2.11"):
+    with pytest.raises(LibraryError, match=r"undefined symbol: aoti_torch_of_the_future.*install torch>=2\.11"):
         load_library.__wrapped__()
 
 
 def test_a_broken_library_says_to_build_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "_C.so").write_bytes(b"not a library")
     monkeypatch.setattr(flashcore_sglang, "__path__", [str(tmp_path)])
-    with pytest.raises(LibraryError, match="did not load with torch .*Build the library again"):
+    with pytest.raises(LibraryError, match=r"did not load with torch .*Build the library again"):
         load_library.__wrapped__()
