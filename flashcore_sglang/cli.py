@@ -6,7 +6,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -79,7 +79,7 @@ def _config_show(options: argparse.Namespace) -> int:
 
 def _variants(options: argparse.Namespace) -> int:
     from flashcore_sglang import config
-    from flashcore_sglang.variants import FEATURES, VARIANTS, choose, describe, parse_shape, unavailable
+    from flashcore_sglang.variants import FEATURES, PHASES, VARIANTS, choose, describe, parse_shape, unavailable
 
     device, library_error = (_gpu(options.sm), "") if options.sm else _this_device()
     here = {variant.name: unavailable(variant, device) for variant in VARIANTS}
@@ -102,7 +102,7 @@ def _variants(options: argparse.Namespace) -> int:
     for variant in VARIANTS:
         sm = f" {_sm(variant.min_sm)}..{_sm(variant.max_sm)}" if variant.min_sm else ""
         missing = [feature for feature in FEATURES if feature not in variant.features]
-        heads = [_join(tiling.head_dims) if tiling else "-" for tiling in (variant.decode, variant.prefill)]
+        heads = [_join(variant.tilings(phase)) or "-" for phase in PHASES]
         limits = [_join(variant.dtypes), _join(variant.page_sizes or ("any",)), f"1..{variant.max_group}"]
         row = [variant.name, variant.device + sm, *limits, *heads, _join(missing) or "-"]
         rows.append([*row, here[variant.name] or "available"])
@@ -157,7 +157,7 @@ def _word(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _join(values: Sequence[object]) -> str:
+def _join(values: Iterable[object]) -> str:
     return " ".join(map(str, values))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -25,15 +26,13 @@ class UnsupportedError(ValueError):
 
 @dataclass(frozen=True)
 class Tiling:
-    """How a variant covers the work of a phase, and the head sizes that have a kernel there.
+    """How a variant covers the work of a phase at one head size.
 
     Attributes:
-        head_dims: head sizes.
         rows_per_tile: packed queries (token x head in group) of a tile.
         ctas_per_sm: persistent CTAs on each SM; CPU: threads on each core.
     """
 
-    head_dims: tuple[int, ...]
     rows_per_tile: int
     ctas_per_sm: int
 
@@ -50,22 +49,27 @@ class Variant:
         page_sizes: tokens in a page; None: any.
         max_group: query heads of a KV head.
         features: of :data:`FEATURES`.
-        decode, prefill: the tiling of each phase; None: the variant has no kernel for it.
+        decode, prefill: the tiling of each head size that has a kernel.
     """
 
     name: str
     device: str
     dtypes: tuple[str, ...]
-    decode: Tiling | None
-    prefill: Tiling | None
+    decode: Mapping[int, Tiling]
+    prefill: Mapping[int, Tiling]
     min_sm: tuple[int, int] | None = None
     max_sm: tuple[int, int] | None = None
     page_sizes: tuple[int, ...] | None = None
     max_group: int = 16
     features: tuple[str, ...] = FEATURES
 
-    def tiling(self, phase: Phase) -> Tiling | None:
+    def tilings(self, phase: Phase) -> Mapping[int, Tiling]:
+        """By head size; empty where the variant has no kernel for the phase."""
         return self.decode if phase == "decode" else self.prefill
+
+    def tiling(self, shape: Shape) -> Tiling | None:
+        """What ``shape`` is covered with, None where there is no kernel for its phase and head size."""
+        return self.tilings(shape.phase).get(shape.head_dim)
 
 
 # Best first: `choose` takes the first variant that can. Kernel authors tune the numbers of their Tiling here.
@@ -77,16 +81,16 @@ VARIANTS = (
         max_sm=(9, 0),  # sm_90a code runs on 9.0 only
         dtypes=("bf16", "fp16"),
         page_sizes=(16, 32, 64, 128),  # a TMA box is one page of a KV head
-        decode=Tiling(head_dims=(64, 128), rows_per_tile=64, ctas_per_sm=2),
-        prefill=Tiling(head_dims=(64, 128, 256), rows_per_tile=128, ctas_per_sm=1),
+        decode=dict.fromkeys((64, 128), Tiling(rows_per_tile=64, ctas_per_sm=2)),
+        prefill=dict.fromkeys((64, 128, 256), Tiling(rows_per_tile=128, ctas_per_sm=1)),
     ),
     Variant(
         name="wmma_sm80",
         device="cuda",
         min_sm=(8, 0),
         dtypes=("bf16", "fp16"),
-        decode=Tiling(head_dims=(64, 96, 128, 256), rows_per_tile=64, ctas_per_sm=2),
-        prefill=Tiling(head_dims=(64, 96, 128, 256), rows_per_tile=64, ctas_per_sm=2),
+        decode=dict.fromkeys((64, 96, 128, 256), Tiling(rows_per_tile=64, ctas_per_sm=2)),
+        prefill=dict.fromkeys((64, 96, 128, 256), Tiling(rows_per_tile=64, ctas_per_sm=2)),
     ),
     Variant(
         name="cublaslt",
@@ -94,15 +98,15 @@ VARIANTS = (
         min_sm=(8, 0),
         dtypes=("bf16", "fp16"),
         features=("causal", "lse"),
-        decode=None,
-        prefill=Tiling(head_dims=(64, 128), rows_per_tile=64, ctas_per_sm=2),
+        decode={},
+        prefill=dict.fromkeys((64, 128), Tiling(rows_per_tile=64, ctas_per_sm=2)),
     ),
     Variant(
         name="cpu",
         device="cpu",
         dtypes=("bf16", "fp16", "fp32"),
-        decode=Tiling(head_dims=(64, 96, 128, 256), rows_per_tile=64, ctas_per_sm=1),
-        prefill=Tiling(head_dims=(64, 96, 128, 256), rows_per_tile=64, ctas_per_sm=1),
+        decode=dict.fromkeys((64, 96, 128, 256), Tiling(rows_per_tile=64, ctas_per_sm=1)),
+        prefill=dict.fromkeys((64, 96, 128, 256), Tiling(rows_per_tile=64, ctas_per_sm=1)),
     ),
 )
 BY_NAME = {variant.name: variant for variant in VARIANTS}
@@ -177,15 +181,15 @@ def unavailable(variant: Variant, device: Device) -> str | None:
 
 def unfit(variant: Variant, shape: Shape) -> str | None:
     """What of ``shape`` the kernels of ``variant`` do not cover, whatever the device, or None."""
-    tiling = variant.tiling(shape.phase)
-    if tiling is None:
+    head_dims = tuple(variant.tilings(shape.phase))
+    if not head_dims:
         return f"has no {shape.phase} kernel"
     if shape.num_kv_heads < 1 or shape.num_qo_heads < 1 or shape.num_qo_heads % shape.num_kv_heads:
         return f"requires query heads a multiple of KV heads, got {shape.num_qo_heads} and {shape.num_kv_heads}"
     missing = [feature for feature in shape.features if feature not in variant.features]
     checks = (
         (shape.dtype in variant.dtypes, f"dtype {_any_of(variant.dtypes)}", shape.dtype),
-        (shape.head_dim in tiling.head_dims, f"{shape.phase} head_dim {_any_of(tiling.head_dims)}", shape.head_dim),
+        (shape.head_dim in head_dims, f"{shape.phase} head_dim {_any_of(head_dims)}", shape.head_dim),
         (shape.group <= variant.max_group, f"at most {variant.max_group} query heads of a KV head", shape.group),
         (shape.page_size >= 1, "page_size of at least 1", shape.page_size),
         (
@@ -221,8 +225,8 @@ def choose(shape: Shape, device: Device, forced: str = "auto") -> Choice:
         reasons = "; ".join(f"{name} {reason}" for name, reason in refusals.items())
         raise UnsupportedError(f"no variant computes {describe(shape)} on {device}: {reasons}")
     variant = usable[0] if forced == "auto" else BY_NAME[forced]
-    tiling = variant.tiling(shape.phase)
-    assert tiling is not None  # `unfit` refuses a phase without a kernel
+    tiling = variant.tiling(shape)
+    assert tiling is not None  # `unfit` refuses a shape without a kernel
     before = VARIANTS[: VARIANTS.index(variant)] if forced == "auto" else ()
     return Choice(
         variant=variant,
