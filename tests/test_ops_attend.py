@@ -40,7 +40,7 @@ def setup(case: Case, variant: str) -> tuple[str, int]:
     reason = variants.why_not(entry, shape, variants.device_of("cuda"))
     if reason:
         pytest.skip(f"{variant} {reason}")
-    tiling = entry.tiling(shape.phase)
+    tiling = entry.tiling(shape)
     assert tiling is not None
     return "cuda", tiling.rows_per_tile
 
