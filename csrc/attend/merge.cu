@@ -1,8 +1,8 @@
 // Merge of split keys and shared prefixes: combines the partial results of each query in the order of merge_rows.
 //
-// Grid: enough CTAs to fill the GPU. Block: 4 warps. A warp takes a run of (token, query head) items. Its lanes first ask
-// in parallel which of 32 items have partial results, so that a prefill, where almost every tile wrote its output directly,
-// costs a few loads a warp; then the whole warp combines these items, one after the other.
+// Grid: as many warps as the GPU holds, more when a warp would get over 32 (token, query head) items. Block: 4 warps.
+// The lanes of a warp ask in parallel which of its items have partial results, so that a prefill, where almost every tile
+// wrote its output directly, costs a few loads a warp; then the whole warp combines these items, one after the other.
 //
 //   M = max lse_i;  w_i = 2^(lse_i - M);  out = sum(w_i o_i) / sum(w_i);  lse = M + log2(sum(w_i))
 //
@@ -16,7 +16,7 @@ namespace flashcore {
 namespace {
 
 constexpr int kWarps = 4;
-constexpr int kCtasPerSm = 8;
+constexpr int kWarpsPerSm = 64;  // of the GPU's residency
 
 // ------------------------------------------------------------------------------------------------------ the plan's view
 
@@ -60,7 +60,7 @@ struct Combination {
 #pragma unroll
     for (float4& x : o) x = make_float4(x.x * factor, x.y * factor, x.z * factor, x.w * factor);
     const float weight = exp2_fast(lse - new_max);
-#pragma unroll 4
+#pragma unroll 8
     for (int i = 0; i < count; ++i) {
       const float w = __shfl_sync(~0u, weight, i);
       const float* from = partial_o + int64_t{__shfl_sync(~0u, row, i)} * kHeadDim;
@@ -117,16 +117,14 @@ __device__ __forceinline__ void combine(const AttendParams& p, int item) {
 // ---------------------------------------------------------------------------------------------------------------- kernel
 
 template <typename Element, int kHeadDim>
-__global__ void __launch_bounds__(32 * kWarps) merge_kernel(const __grid_constant__ AttendParams p, int items_per_warp) {
+__global__ void __launch_bounds__(32 * kWarps, 4) merge_kernel(const __grid_constant__ AttendParams p, int items_per_warp) {
   if (p.plan.counts[kNumPartials] == 0) return;
   const int lane = threadIdx.x % 32;
   const int begin = (blockIdx.x * kWarps + threadIdx.x / 32) * items_per_warp;
   const int end = min(begin + items_per_warp, p.num_tokens * p.num_qo_heads);
-  for (int first = begin; first < end; first += 32) {
-    const bool mine = first + lane < end && has_partials(p, first + lane);
-    for (unsigned left = __ballot_sync(~0u, mine); left != 0; left &= left - 1) {
-      combine<Element, kHeadDim>(p, first + __ffs(left) - 1);
-    }
+  const bool mine = begin + lane < end && has_partials(p, begin + lane);
+  for (unsigned left = __ballot_sync(~0u, mine); left != 0; left &= left - 1) {
+    combine<Element, kHeadDim>(p, begin + __ffs(left) - 1);
   }
 }
 
@@ -136,8 +134,8 @@ template <typename Element, int kHeadDim>
 int launch(const AttendParams& p) {
   const int items = p.num_tokens * p.num_qo_heads;
   if (items == 0) return cudaSuccess;
-  const int max_warps = p.num_sms * kCtasPerSm * kWarps;
-  const int items_per_warp = (items + max_warps - 1) / max_warps;
+  const int items_per_resident_warp = (items + p.num_sms * kWarpsPerSm - 1) / (p.num_sms * kWarpsPerSm);
+  const int items_per_warp = items_per_resident_warp < 32 ? items_per_resident_warp : 32;
   const int ctas = (items + items_per_warp * kWarps - 1) / (items_per_warp * kWarps);
   merge_kernel<Element, kHeadDim>
       <<<ctas, 32 * kWarps, 0, static_cast<cudaStream_t>(p.stream)>>>(p, items_per_warp);

@@ -19,6 +19,7 @@
 
 #include <cuda_runtime.h>
 
+#include <bit>
 #include <climits>
 
 #include "device/async_copy.cuh"
@@ -41,17 +42,19 @@ struct Traits {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kMTiles = kMTiles_;                    // 16-row tiles of a warp in a tall tile
   static constexpr int kRows = 16 * kMTiles * kWarps;         // packed queries of a tall tile
-  static constexpr int kKeys = kHeadDim <= 128 ? 64 : 32;     // keys of a block
-  static constexpr int kOperandBytes = kKeys * kHeadDim * 2;  // K or V of a block
-  static constexpr int kStageBytes = 2 * kOperandBytes;
   static constexpr int kQBytes = kRows * kHeadDim * 2;
-  static constexpr int kTallStages = (kRingBytes - kQBytes) / kStageBytes;
-  static constexpr int kShortStages = kRingBytes / kStageBytes;
   static constexpr bool kQInRegisters = kMTiles * kHeadDim <= 128;  // beside O and S they still fit 255
-  // Short tiles: 16 keys a warp; where a block has fewer than 64 the head dimension of V is dealt to the other warps.
-  static constexpr int kKeyWarps = kKeys / 16;
+  // Keys of a block: a tall tile's S must fit the registers beside O; a short tile wants blocks worth their barrier.
+  static constexpr int kTallKeys = kHeadDim <= 128 ? 64 : 32;
+  static constexpr int kShortKeys = kHeadDim <= 64 ? 128 : kTallKeys;
+  static constexpr int kTallStages = (kRingBytes - kQBytes) / (kTallKeys * kHeadDim * 4);
+  static constexpr int kShortStages = kRingBytes / (kShortKeys * kHeadDim * 4);
+  static constexpr int kMaxStreamKeys = kTallStages * kTallKeys > kShortStages * kShortKeys ? kTallStages * kTallKeys
+                                                                                            : kShortStages * kShortKeys;
+  // Short tiles: at least 16 keys a warp; a block with less for each deals the head dimension of V to the other warps.
+  static constexpr int kKeyWarps = kShortKeys / 16 < kWarps ? kShortKeys / 16 : kWarps;
   static constexpr int kDimWarps = kWarps / kKeyWarps;
-  static_assert(kTallStages >= 2 && kKeyWarps * kDimWarps == kWarps && kHeadDim % 32 == 0);
+  static_assert(kTallStages >= 2 && kKeyWarps * kDimWarps == kWarps && kHeadDim % 32 == 0 && kRows <= kThreads);
 };
 
 // A [rows, kHeadDim] tile of 16-bit elements in shared memory. Rows of 8n chunks all start in the same bank, so eight
@@ -66,22 +69,31 @@ struct SwizzledTile {
     const int mix = kPeriod == 8 ? row & 7 : (row >> 1) & 3;
     return row * kRowBytes + (chunk ^ mix) * 16;
   }
+
+  // Deals the chunks of the first kRows rows to the threads: visit(row, chunk). Each thread keeps its chunk, and its rows
+  // lie a constant apart.
+  template <int kRows, typename Visit>
+  static __device__ __forceinline__ void for_each_chunk(Visit&& visit) {
+    constexpr int kPassRows = std::bit_floor(static_cast<unsigned>(kThreads / kChunks));
+    const int row = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
+    if (row >= kPassRows) return;
+#pragma unroll
+    for (int pass = 0; pass < kRows; pass += kPassRows) visit(row + pass, chunk);
+  }
 };
 
-// Where one lane points ldmatrix: at (row, chunk) of the tile, then steps of 8n rows and of 16 dims known at compile time.
+// Where one lane points ldmatrix: at (row, chunk) of a tile, then 8n rows and 16n dims on, both known at compile time.
+// The dims in a period only flip address bits, those that the tile's alignment leaves to the chunk.
 template <int kHeadDim>
 struct FragmentPointer {
   using Tile = SwizzledTile<kHeadDim>;
-  static constexpr int kPairs = Tile::kPeriod / 2;
-  uint32_t offsets[kPairs];
+  uint32_t offset;
 
-  __device__ __forceinline__ FragmentPointer(int row, int chunk) {
-#pragma unroll
-    for (int i = 0; i < kPairs; ++i) offsets[i] = Tile::offset(row, 2 * i + chunk);
-  }
+  __device__ __forceinline__ FragmentPointer(int row, int chunk) : offset(Tile::offset(row, chunk)) {}
   __device__ __forceinline__ uint32_t at(uint32_t tile, int rows, int dims) const {
-    const int pair = dims / 16;
-    return tile + offsets[pair % kPairs] + pair / kPairs * Tile::kPeriod * 16 + rows * Tile::kRowBytes;
+    constexpr int kPeriodBytes = Tile::kPeriod * 16;
+    return ((tile + offset) ^ (2 * dims % kPeriodBytes)) + 2 * dims / kPeriodBytes * kPeriodBytes +
+           rows * Tile::kRowBytes;
   }
 };
 
@@ -100,11 +112,20 @@ struct RowInfo {
   int32_t out_row;   // token * num_qo_heads + head
 };
 
+// A tile and its row. Read one tile ahead: two dependent loads that nobody waits for.
+struct Work {
+  Tile tile;
+  Row row;
+  int kv_head;
+  int num_rows;  // packed queries
+};
+
 template <class Traits>
 struct SharedMemory {
   alignas(1024) unsigned char ring[kRingBytes];
-  KeyAddress<typename Traits::Element> addresses[Traits::kShortStages * Traits::kKeys];  // of one block a stage
+  KeyAddress<typename Traits::Element> addresses[Traits::kMaxStreamKeys];  // of one block a stage
   RowInfo rows[Traits::kRows];
+  Work work[2];  // this tile's and the next one's
 };
 
 // Short tiles leave the accumulators of each warp in the ring; the pad spreads the rows of a fragment over the banks.
@@ -118,20 +139,14 @@ struct WarpResults {
 
 // -------------------------------------------------------------------------------------------------------- tile and keys
 
-// The work of one CTA at a time: keys [kv_begin, kv_end) of a row for a KV head.
-struct Work {
-  Tile tile;
-  Row row;
-  int kv_head;
-  int num_rows;  // packed queries
-
-  __device__ __forceinline__ Work(const AttendParams& p, int index) {
-    tile = p.plan.tiles[index];
-    row = p.plan.rows[tile.pair / p.num_kv_heads];
-    kv_head = tile.pair % p.num_kv_heads;
-    num_rows = row.q_count * (p.num_qo_heads / p.num_kv_heads);
-  }
-};
+__device__ __forceinline__ Work read_work(const AttendParams& p, int index) {
+  Work work;
+  work.tile = p.plan.tiles[index];
+  work.row = p.plan.rows[work.tile.pair / p.num_kv_heads];
+  work.kv_head = work.tile.pair % p.num_kv_heads;
+  work.num_rows = work.row.q_count * (p.num_qo_heads / p.num_kv_heads);
+  return work;
+}
 
 __device__ __forceinline__ RowInfo describe_row(const AttendParams& p, const Work& work, int m) {
   if (m >= work.num_rows) return {-1, 0, 0};
@@ -178,41 +193,49 @@ struct WarpVisible {
 
 // Streams the blocks of a tile through the ring: kStages - 1 blocks are on their way while one is computed, and the
 // page of a key is looked up a whole block before its copy is issued.
-template <class Traits, int kStages>
+template <typename Element, int kHeadDim, int kKeys, int kStages>
 class KeyStream {
-  using Element = typename Traits::Element;
-  using Block = SwizzledTile<Traits::kHeadDim>;
-  static constexpr int kKeys = Traits::kKeys;
+  using Block = SwizzledTile<kHeadDim>;
+  static constexpr int kStageBytes = 2 * kKeys * Block::kRowBytes;
 
  public:
-  __device__ __forceinline__ KeyStream(const AttendParams& p, const Work& work, SharedMemory<Traits>& shared)
-      : p_(p), addresses_(shared.addresses), ring_(shared_address(shared.ring)), begin_(work.tile.kv_begin),
-        end_(work.tile.kv_end), kv_head_(work.kv_head),
+  static constexpr int kVOffset = kKeys * Block::kRowBytes;  // from K to V of a stage
+
+  // Looks up the first kStages blocks; __syncthreads before start().
+  __device__ __forceinline__ KeyStream(const AttendParams& p, const Work& work, unsigned char* ring,
+                                       KeyAddress<Element>* addresses)
+      : p_(p), work_(work), ring_(shared_address(ring)), addresses_(addresses),
         pages_(p.plan.kv_indices + work.row.page_begin + int64_t{work.kv_head} * work.row.head_stride) {
-    for (int i = threadIdx.x; i < kStages * kKeys; i += kThreads) {
-      if (begin_ + i < end_) addresses_[i] = locate(begin_ + i, pages_[(begin_ + i) / p_.page_size]);
+#pragma unroll
+    for (int first = 0; first < kStages * kKeys; first += kThreads) {
+      const int i = first + threadIdx.x, key = work.tile.kv_begin + i;
+      if (i < kStages * kKeys && key < work.tile.kv_end) addresses[i] = locate(key, pages_[key / p.page_size]);
+    }
+  }
+
+  // Issues the first copies.
+  __device__ __forceinline__ void start() const {
+#pragma unroll
+    for (int stage = 0; stage < kStages - 1; ++stage) {
+      load(work_.tile.kv_begin + stage * kKeys, stage);
+      copy_async_commit();
     }
   }
 
   // Calls compute(first key, K in shared memory) for each block, all threads together.
   template <typename Compute>
-  __device__ __forceinline__ void for_each_block(Compute&& compute) {
-#pragma unroll
-    for (int stage = 0; stage < kStages - 1; ++stage) {
-      load(begin_ + stage * kKeys, stage);
-      copy_async_commit();
-    }
+  __device__ __forceinline__ void for_each_block(Compute&& compute) const {
     int stage = 0;
-    for (int key = begin_; key < end_; key += kKeys) {
+    for (int key = work_.tile.kv_begin; key < work_.tile.kv_end; key += kKeys) {
       copy_async_wait<kStages - 2>();
       __syncthreads();  // the block has arrived, its addresses are free, and so is the stage before it
       const int next_key = key + kStages * kKeys + threadIdx.x;
-      const bool has_next = threadIdx.x < kKeys && next_key < end_;
+      const bool has_next = threadIdx.x < kKeys && next_key < work_.tile.kv_end;
       int page = 0;
       if (has_next) page = pages_[next_key / p_.page_size];
       load(key + (kStages - 1) * kKeys, stage == 0 ? kStages - 1 : stage - 1);
       copy_async_commit();
-      compute(key, ring_ + stage * Traits::kStageBytes);
+      compute(key, ring_ + stage * kStageBytes);
       if (has_next) addresses_[stage * kKeys + threadIdx.x] = locate(next_key, page);
       stage = stage + 1 == kStages ? 0 : stage + 1;
     }
@@ -220,34 +243,32 @@ class KeyStream {
 
  private:
   __device__ __forceinline__ KeyAddress<Element> locate(int key, int page) const {
-    const int64_t token = key % p_.page_size;
+    const int64_t token = key % p_.page_size, head = work_.kv_head;
     return {static_cast<const Element*>(p_.k) + page * p_.k_stride_page + token * p_.k_stride_token +
-                kv_head_ * p_.k_stride_head,
+                head * p_.k_stride_head,
             static_cast<const Element*>(p_.v) + page * p_.v_stride_page + token * p_.v_stride_token +
-                kv_head_ * p_.v_stride_head};
+                head * p_.v_stride_head};
   }
 
   // Keys past the end become zeros: a masked key has weight 0, and 0 * NaN of a stale V would not be 0.
   __device__ __forceinline__ void load(int key, int stage) const {
-    if (key >= end_) return;
-    const uint32_t block = ring_ + stage * Traits::kStageBytes;
-#pragma unroll
-    for (int i = 0; i < kKeys * Block::kChunks / kThreads; ++i) {
-      const int index = threadIdx.x + i * kThreads;
-      const int row = index / Block::kChunks, chunk = index % Block::kChunks;
+    const int end = work_.tile.kv_end;
+    if (key >= end) return;
+    const uint32_t block = ring_ + stage * kStageBytes;
+    Block::template for_each_chunk<kKeys>([&](int row, int chunk) {
       const KeyAddress<Element> address = addresses_[stage * kKeys + row];
       const uint32_t to = block + Block::offset(row, chunk);
-      const bool valid = key + row < end_;
-      copy_async_16(to, valid ? address.k + chunk * 8 : p_.k, valid);
-      copy_async_16(to + Traits::kOperandBytes, valid ? address.v + chunk * 8 : p_.v, valid);
-    }
+      const bool valid = key + row < end;
+      copy_async_16<Block::kRowBytes>(to, valid ? address.k + chunk * 8 : p_.k, valid);
+      copy_async_16<Block::kRowBytes>(to + kVOffset, valid ? address.v + chunk * 8 : p_.v, valid);
+    });
   }
 
   const AttendParams& p_;
-  KeyAddress<Element>* addresses_;
+  const Work& work_;
   const uint32_t ring_;
-  const int begin_, end_, kv_head_;
-  const int32_t* pages_;
+  KeyAddress<Element>* const addresses_;
+  const int32_t* const pages_;
 };
 
 // ------------------------------------------------------------------------------------------------------ online softmax
@@ -432,15 +453,21 @@ __device__ __forceinline__ float softmax_scale(const AttendParams& p) {
 
 // ------------------------------------------------------------------------------------------------------------- output
 
-template <class Traits>
-__device__ __forceinline__ void store_pair(const AttendParams& p, const Work& work, int m, int out_row, int dim, float x,
-                                           float y) {
+// Stores elements dim, dim + 1 for dim = first, first + step, ... of packed query m; value(i) gives the i-th pair.
+template <class Traits, int kPairs, typename Value>
+__device__ __forceinline__ void store_row(const AttendParams& p, const Work& work, int m, int out_row, int first, int step,
+                                          Value&& value) {
   if (work.tile.partial >= 0) {
-    const int64_t at = int64_t{work.tile.partial + m} * Traits::kHeadDim + dim;
-    *reinterpret_cast<float2*>(p.partial_o + at) = make_float2(x, y);
+    float* out = p.partial_o + int64_t{work.tile.partial + m} * Traits::kHeadDim + first;
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) *reinterpret_cast<float2*>(out + i * step) = value(i);
   } else {
-    auto* out = static_cast<typename Traits::Element*>(p.out) + int64_t{out_row} * Traits::kHeadDim + dim;
-    *reinterpret_cast<uint32_t*>(out) = pack2<typename Traits::Element>(x, y);
+    auto* out = static_cast<typename Traits::Element*>(p.out) + int64_t{out_row} * Traits::kHeadDim + first;
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      const float2 pair = value(i);
+      *reinterpret_cast<uint32_t*>(out + i * step) = pack2<typename Traits::Element>(pair.x, pair.y);
+    }
   }
 }
 
@@ -458,26 +485,27 @@ __device__ __forceinline__ void store_lse(const AttendParams& p, const Work& wor
 // ------------------------------------------------------------------------------------------------------------- kernel
 
 template <class Traits>
-__device__ __forceinline__ void attend_tall(const AttendParams& p, const Work& work, SharedMemory<Traits>& shared) {
+__device__ __forceinline__ void attend_tall(const AttendParams& p, const Work& work, SharedMemory<Traits>& shared,
+                                            Work* next, int next_index) {
   using Element = typename Traits::Element;
-  constexpr int kDim = Traits::kHeadDim, kM = Traits::kMTiles, kWarpRows = 16 * kM;
+  constexpr int kDim = Traits::kHeadDim, kM = Traits::kMTiles, kKeys = Traits::kTallKeys, kWarpRows = 16 * kM;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
-  KeyStream<Traits, Traits::kTallStages> keys(p, work, shared);
-  static_assert(Traits::kRows <= kThreads);
+  using Keys = KeyStream<Element, kDim, kKeys, Traits::kTallStages>;
+  const Keys keys(p, work, shared.ring, shared.addresses);
   if (threadIdx.x < Traits::kRows) shared.rows[threadIdx.x] = describe_row(p, work, threadIdx.x);
   __syncthreads();
 
   const uint32_t q_tile = shared_address(shared.ring) + kRingBytes - Traits::kQBytes;
   if (work.tile.kv_begin < work.tile.kv_end) {  // Q travels with the first block
-#pragma unroll 4
-    for (int i = threadIdx.x; i < Traits::kRows * (kDim / 8); i += kThreads) {
-      const int row = i / (kDim / 8), chunk = i % (kDim / 8);
+    SwizzledTile<kDim>::template for_each_chunk<Traits::kRows>([&](int row, int chunk) {
       const int64_t from = shared.rows[row].q_offset;
       const auto* q = static_cast<const Element*>(p.q) + (from < 0 ? 0 : from + chunk * 8);
-      copy_async_16(q_tile + SwizzledTile<kDim>::offset(row, chunk), q, from >= 0);
-    }
+      copy_async_16<kDim * 2>(q_tile + SwizzledTile<kDim>::offset(row, chunk), q, from >= 0);
+    });
   }
+  keys.start();
+  if (next != nullptr && threadIdx.x == 0) *next = read_work(p, next_index);
 
   const RowInfo* rows = shared.rows + warp * kWarpRows;
   const WarpVisible<kWarpRows> visible(p, work, rows);
@@ -511,12 +539,12 @@ __device__ __forceinline__ void attend_tall(const AttendParams& p, const Work& w
         for (int dim = 0; dim < kDim; dim += 16) load_q(q_registers[dim / 16], dim);
       }
     }
-    if (visible.skips(key, key + Traits::kKeys)) return;
-    float s[kM][Traits::kKeys / 8][4];
+    if (visible.skips(key, key + kKeys)) return;
+    float s[kM][kKeys / 8][4];
     multiply_qk<Traits>(s, take_q, k_pointer, block);
-    shape_logits(p, work, rows, key, visible.masks(key, key + Traits::kKeys), s);
+    shape_logits(p, work, rows, key, visible.masks(key, key + kKeys), s);
     result.weigh(s, scale);
-    multiply_pv<Traits>(result.o, s, q_pointer, block + Traits::kOperandBytes);
+    multiply_pv<Traits>(result.o, s, q_pointer, block + Keys::kVOffset);
   });
 
   result.finish();
@@ -528,26 +556,29 @@ __device__ __forceinline__ void attend_tall(const AttendParams& p, const Work& w
       if (m >= work.num_rows) continue;
       const int out_row = rows[row].out_row;
       const float sum = result.sum[i][r], normalise = sum > 0.0f ? 1.0f / sum : 0.0f;
-#pragma unroll
-      for (int n = 0; n < kDim / 8; ++n) {
-        store_pair<Traits>(p, work, m, out_row, 8 * n + 2 * (lane % 4), result.o[i][n][2 * r] * normalise,
-                           result.o[i][n][2 * r + 1] * normalise);
-      }
+      store_row<Traits, kDim / 8>(p, work, m, out_row, 2 * (lane % 4), 8, [&](int n) {
+        return make_float2(result.o[i][n][2 * r] * normalise, result.o[i][n][2 * r + 1] * normalise);
+      });
       if (lane % 4 == 0) store_lse(p, work, m, out_row, result.max[i][r], sum);
     }
   }
 }
 
 template <class Traits>
-__device__ __forceinline__ void attend_short(const AttendParams& p, const Work& work, SharedMemory<Traits>& shared) {
+__device__ __forceinline__ void attend_short(const AttendParams& p, const Work& work, SharedMemory<Traits>& shared,
+                                             Work* next, int next_index) {
   using Element = typename Traits::Element;
   constexpr int kDim = Traits::kHeadDim, kWarpDims = kDim / Traits::kDimWarps;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int key_warp = warp % Traits::kKeyWarps, dim_begin = warp / Traits::kKeyWarps * kWarpDims;
+  constexpr int kWarpKeys = Traits::kShortKeys / Traits::kKeyWarps;
+  const int warp_key = warp % Traits::kKeyWarps * kWarpKeys, dim_begin = warp / Traits::kKeyWarps * kWarpDims;
 
-  KeyStream<Traits, Traits::kShortStages> keys(p, work, shared);
+  using Keys = KeyStream<Element, kDim, Traits::kShortKeys, Traits::kShortStages>;
+  const Keys keys(p, work, shared.ring, shared.addresses);
   if (threadIdx.x < kShortRows) shared.rows[threadIdx.x] = describe_row(p, work, threadIdx.x);
   __syncthreads();
+  keys.start();
+  if (next != nullptr && threadIdx.x == 0) *next = read_work(p, next_index);
 
   // Q is read once and is small: it goes straight to the registers of the A operand.
   uint32_t q_registers[kDim / 16][1][4];
@@ -566,19 +597,19 @@ __device__ __forceinline__ void attend_short(const AttendParams& p, const Work& 
   };
 
   const WarpVisible<kShortRows> visible(p, work, shared.rows);
-  const FragmentPointer<kDim> k_pointer(16 * key_warp + lane % 8 + lane / 16 * 8, lane / 8 % 2);
-  const FragmentPointer<kDim> v_pointer(16 * key_warp + lane % 16, dim_begin / 8 + lane / 16);
+  const FragmentPointer<kDim> k_pointer(warp_key + lane % 8 + lane / 16 * 8, lane / 8 % 2);
+  const FragmentPointer<kDim> v_pointer(warp_key + lane % 16, dim_begin / 8 + lane / 16);
   const float scale = softmax_scale(p);
 
   Accumulator<1, kWarpDims / 8> result;
   keys.for_each_block([&](int key, uint32_t block) {
-    key += 16 * key_warp;
-    if (visible.skips(key, key + 16)) return;
-    float s[1][2][4];
+    key += warp_key;
+    if (visible.skips(key, key + kWarpKeys)) return;
+    float s[1][kWarpKeys / 8][4];
     multiply_qk<Traits>(s, take_q, k_pointer, block);
-    shape_logits(p, work, shared.rows, key, visible.masks(key, key + 16), s);
+    shape_logits(p, work, shared.rows, key, visible.masks(key, key + kWarpKeys), s);
     result.weigh(s, scale);
-    multiply_pv<Traits>(result.o, s, v_pointer, block + Traits::kOperandBytes);
+    multiply_pv<Traits>(result.o, s, v_pointer, block + Keys::kVOffset);
   });
 
   result.finish();
@@ -590,12 +621,12 @@ __device__ __forceinline__ void attend_short(const AttendParams& p, const Work& 
     const int m = 8 * r + lane / 4;
 #pragma unroll
     for (int n = 0; n < kWarpDims / 8; ++n) {
-      *reinterpret_cast<float2*>(&results.o[key_warp][m][dim_begin + 8 * n + 2 * (lane % 4)]) =
+      *reinterpret_cast<float2*>(&results.o[warp_key / kWarpKeys][m][dim_begin + 8 * n + 2 * (lane % 4)]) =
           make_float2(result.o[0][n][2 * r], result.o[0][n][2 * r + 1]);
     }
     if (dim_begin == 0 && lane % 4 == 0) {
-      results.max[key_warp][m] = result.max[0][r];
-      results.sum[key_warp][m] = result.sum[0][r];
+      results.max[warp_key / kWarpKeys][m] = result.max[0][r];
+      results.sum[warp_key / kWarpKeys][m] = result.sum[0][r];
     }
   }
   __syncthreads();
@@ -613,16 +644,17 @@ __device__ __forceinline__ void attend_short(const AttendParams& p, const Work& 
   }
   const int out_row = shared.rows[m].out_row;
   const float normalise = sum > 0.0f ? 1.0f / sum : 0.0f;
-#pragma unroll
-  for (int dim = 2 * (threadIdx.x % kRowThreads); dim < kDim; dim += 2 * kRowThreads) {
-    float x = 0.0f, y = 0.0f;
+  const int first_dim = 2 * (threadIdx.x % kRowThreads);
+  store_row<Traits, kDim / (2 * kRowThreads)>(p, work, m, out_row, first_dim, 2 * kRowThreads, [&](int i) {
+    float2 pair = make_float2(0.0f, 0.0f);
 #pragma unroll
     for (int w = 0; w < Traits::kKeyWarps; ++w) {
-      x += factor[w] * results.o[w][m][dim];
-      y += factor[w] * results.o[w][m][dim + 1];
+      const float2 o = *reinterpret_cast<const float2*>(&results.o[w][m][first_dim + i * 2 * kRowThreads]);
+      pair.x += factor[w] * o.x;
+      pair.y += factor[w] * o.y;
     }
-    store_pair<Traits>(p, work, m, out_row, dim, x * normalise, y * normalise);
-  }
+    return make_float2(pair.x * normalise, pair.y * normalise);
+  });
   if (threadIdx.x % kRowThreads == 0) store_lse(p, work, m, out_row, top, sum);
 }
 
@@ -630,15 +662,18 @@ template <class Traits>
 __global__ void __launch_bounds__(kThreads, 2) attend_kernel(const __grid_constant__ AttendParams p) {
   extern __shared__ __align__(1024) unsigned char memory[];
   auto& shared = *reinterpret_cast<SharedMemory<Traits>*>(memory);
+  int index = p.plan.cta_indptr[blockIdx.x];
   const int end = p.plan.cta_indptr[blockIdx.x + 1];
-  for (int index = p.plan.cta_indptr[blockIdx.x]; index < end; ++index) {
-    const Work work(p, index);
+  if (threadIdx.x == 0 && index < end) shared.work[index % 2] = read_work(p, index);
+  for (; index < end; ++index) {
+    __syncthreads();  // the tile before is done with shared memory, and `work` has arrived
+    const Work& work = shared.work[index % 2];
+    Work* next = index + 1 < end ? &shared.work[(index + 1) % 2] : nullptr;
     if (work.num_rows <= kShortRows) {
-      attend_short<Traits>(p, work, shared);
+      attend_short<Traits>(p, work, shared, next, index + 1);
     } else {
-      attend_tall<Traits>(p, work, shared);
+      attend_tall<Traits>(p, work, shared, next, index + 1);
     }
-    __syncthreads();  // the next tile writes where this one reads
   }
 }
 
