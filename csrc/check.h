@@ -18,7 +18,7 @@ inline const char* name_of(Scalar scalar) {
   return kNames[static_cast<int32_t>(scalar)];
 }
 
-constexpr int kCpu = -1;        // TensorArg::device of a CPU tensor; CUDA tensors have their index
+constexpr int kCpu = -1;  // TensorArg::device of a CPU tensor; CUDA tensors have their index
 constexpr int64_t kAnySize = -1;
 
 struct TensorArg {

@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <vector>
@@ -84,8 +85,8 @@ std::string variant_names(bool json) {
 Run<AttendParams> find_variant(const std::string& name, bool cuda, bool decode) {
   for (const Variant& variant : kVariants) {
     if (name != variant.name) continue;
-    require(variant.cuda == cuda, "attend", "variant: expected one for ", cuda ? "CUDA" : "CPU", " tensors, got '", name,
-            "'; choose another variant or move the tensors");
+    require(variant.cuda == cuda, "attend", "variant: expected one for ", cuda ? "CUDA" : "CPU", " tensors, got '",
+            name, "'; choose another variant or move the tensors");
     if (const Run<AttendParams> run = decode ? variant.decode : variant.prefill) return run;
   }
   fail("attend", "variant: expected one of ", variant_names(false), ", got '", name,
@@ -99,12 +100,18 @@ Run<AttendParams> find_variant(const std::string& name, bool cuda, bool decode) 
 Scalar scalar_of(const Tensor& tensor) {
   using torch::headeronly::ScalarType;
   switch (tensor.scalar_type()) {
-    case ScalarType::BFloat16: return Scalar::bf16;
-    case ScalarType::Half: return Scalar::fp16;
-    case ScalarType::Float: return Scalar::fp32;
-    case ScalarType::Int: return Scalar::int32;
-    case ScalarType::Long: return Scalar::int64;
-    default: return Scalar::other;
+    case ScalarType::BFloat16:
+      return Scalar::bf16;
+    case ScalarType::Half:
+      return Scalar::fp16;
+    case ScalarType::Float:
+      return Scalar::fp32;
+    case ScalarType::Int:
+      return Scalar::int32;
+    case ScalarType::Long:
+      return Scalar::int64;
+    default:
+      return Scalar::other;
   }
 }
 
@@ -154,8 +161,9 @@ void require_q(const TensorArg& q) {
 }
 
 int32_t require_group(const char* op, int64_t num_qo_heads, int64_t num_kv_heads) {
-  require(num_kv_heads > 0 && num_qo_heads % num_kv_heads == 0, op, "heads: expected the query heads to be a multiple of ",
-          num_kv_heads, " KV heads, got ", num_qo_heads, "; pass q and the cache of the same layer");
+  require(num_kv_heads > 0 && num_qo_heads % num_kv_heads == 0, op,
+          "heads: expected the query heads to be a multiple of ", num_kv_heads, " KV heads, got ", num_qo_heads,
+          "; pass q and the cache of the same layer");
   return static_cast<int32_t>(num_qo_heads / num_kv_heads);
 }
 
@@ -435,9 +443,10 @@ void summarize(const Tensor& k_cache, const Tensor& kv_indptr, const Tensor& kv_
   const int64_t batch = last.numel();
   const TensorArg indptr = describe_ints(kOp, "kv_indptr", kv_indptr, batch + 1, device);
   const TensorArg indices = describe_ints(kOp, "kv_indices", kv_indices, 0, device);
-  const int32_t* first = first_page ? describe_ints(kOp, "first_page", *first_page, batch, device).as<int32_t>() : nullptr;
+  const int32_t* first =
+      first_page ? describe_ints(kOp, "first_page", *first_page, batch, device).as<int32_t>() : nullptr;
   const TensorArg summaries = describe(kOp, "summaries", summaries_tensor);
-  require_shape(summaries, {k.size(0), 2, k.size(2), k.size(3)}, "(pages, mean and deviation, kv_heads, head_dim)");
+  require_shape(summaries, {kAnySize, 2, k.size(2), k.size(3)}, "(pages, mean and deviation, kv_heads, head_dim)");
   require_buffer(summaries, 0, device, k.scalar);
 
   const Launch launch(device);
@@ -456,7 +465,7 @@ void summarize(const Tensor& k_cache, const Tensor& kv_indptr, const Tensor& kv_
       .num_kv_heads = static_cast<int32_t>(k.size(2)),
       .head_dim = static_cast<int32_t>(k.size(3)),
       .page_size = static_cast<int32_t>(k.size(1)),
-      .num_pages = static_cast<int32_t>(k.size(0)),
+      .num_pages = static_cast<int32_t>(std::min(k.size(0), summaries.size(0))),
       .dtype = static_cast<DType>(k.scalar),
       .stream = launch.stream(),
   };
@@ -512,7 +521,8 @@ std::string build_info() {
   int cudart = 0;
   cudaRuntimeGetVersion(&cudart);
   const std::string cuda = "\"cuda\": true, \"nvcc\": \"" FLASHCORE_NVCC "\", \"archs\": \"" FLASHCORE_ARCHS
-                           "\", \"cudart\": " + std::to_string(cudart);
+                           "\", \"cudart\": " +
+                           std::to_string(cudart);
 #else
   const std::string cuda = "\"cuda\": false, \"nvcc\": null, \"archs\": \"\", \"cudart\": null";
 #endif
@@ -543,13 +553,13 @@ STABLE_TORCH_LIBRARY(flashcore, m) {
   m.def("build_info() -> str");
 }
 
-#define FLASHCORE_REGISTER(key)                                 \
-  STABLE_TORCH_LIBRARY_IMPL(flashcore, key, m) {                \
-    m.impl("page_table", TORCH_BOX(&flashcore::page_table));    \
-    m.impl("plan", TORCH_BOX(&flashcore::plan));                \
-    m.impl("attend", TORCH_BOX(&flashcore::attend));            \
-    m.impl("summarize", TORCH_BOX(&flashcore::summarize));      \
-    m.impl("select", TORCH_BOX(&flashcore::select));            \
+#define FLASHCORE_REGISTER(key)                              \
+  STABLE_TORCH_LIBRARY_IMPL(flashcore, key, m) {             \
+    m.impl("page_table", TORCH_BOX(&flashcore::page_table)); \
+    m.impl("plan", TORCH_BOX(&flashcore::plan));             \
+    m.impl("attend", TORCH_BOX(&flashcore::attend));         \
+    m.impl("summarize", TORCH_BOX(&flashcore::summarize));   \
+    m.impl("select", TORCH_BOX(&flashcore::select));         \
   }
 FLASHCORE_REGISTER(CPU)
 #ifdef FLASHCORE_WITH_CUDA

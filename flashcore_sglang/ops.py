@@ -259,10 +259,11 @@ def check_page_table(
     indptr = kv_indptr.cpu().long()
     lengths = indptr.diff()
     if indptr[0] != 0 or bool((lengths < 0).any()):
-        raise ValueError(f"kv_indptr: expected 0 followed by numbers that never fall, got {indptr.tolist()}; rebuild it")
+        raise ValueError(f"kv_indptr: expected 0, then numbers that never fall, got {indptr.tolist()}; rebuild it")
     if indptr[-1] > kv_indices.numel():
         raise ValueError(
-            f"kv_indices: expected at least kv_indptr[-1] = {int(indptr[-1])} page ids, got {kv_indices.numel()}; rebuild it"
+            f"kv_indices: expected at least kv_indptr[-1] = {int(indptr[-1])} page ids, got {kv_indices.numel()}; "
+            "rebuild it"
         )
     pages = kv_indices[: int(indptr[-1])].cpu()
     wrong = ((pages < 0) | (pages >= num_pages)).nonzero()
@@ -277,4 +278,4 @@ def check_page_table(
     wrong = ((lengths > 0) & ((last < 1) | (last > page_size))).nonzero()
     if wrong.numel():
         at = int(wrong[0])
-        raise ValueError(f"last_page_len[{at}]: expected 1..{page_size} keys, got {int(last[at])}; rebuild the page table")
+        raise ValueError(f"last_page_len[{at}]: expected 1..{page_size} keys, got {int(last[at])}; rebuild the table")

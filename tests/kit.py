@@ -46,7 +46,9 @@ def make_plan(
     return planner.plan
 
 
-def make_untrimmed_plan(problem: Problem, *, tokens_per_row: int, keys_per_tile: int, num_ctas: int = 2) -> list[torch.Tensor]:
+def make_untrimmed_plan(
+    problem: Problem, *, tokens_per_row: int, keys_per_tile: int, num_ctas: int = 2
+) -> list[torch.Tensor]:
     """A plan by hand that leaves no key out: tiles may hold no visible key for some of their queries, or for all."""
     case = problem.case
     rows: list[list[int]] = []

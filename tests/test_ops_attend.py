@@ -16,9 +16,7 @@ from flashcore_sglang import ops, variants
 
 FP32 = [replace(case, name=f"fp32 {case.name}", dtype=torch.float32) for case in CASES[::4]]
 CPU = "cpu"
-CUDA = [
-    pytest.param(variant.name, marks=pytest.mark.gpu) for variant in variants.VARIANTS if variant.device == "cuda"
-]
+CUDA = [pytest.param(variant.name, marks=pytest.mark.gpu) for variant in variants.VARIANTS if variant.device == "cuda"]
 EVERY = [CPU, *CUDA]
 
 

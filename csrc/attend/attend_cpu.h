@@ -141,18 +141,55 @@ inline void widen(const T* from, float* to) {
   for (int d = 0; d < kHeadDim; d += kLanes) store(to + d, load(from + d));
 }
 
-template <int kHeadDim, class T>
-void fetch_block(const AttendParams& params, const Row& row, int kv_head, int begin, int keys, Workspace& work) {
-  const int* pages = params.plan.kv_indices + row.page_begin + static_cast<int64_t>(kv_head) * row.head_stride;
-  const T* k = static_cast<const T*>(params.k) + kv_head * params.k_stride_head;
-  const T* v = static_cast<const T*>(params.v) + kv_head * params.v_stride_head;
-  int column = begin / params.page_size, offset = begin % params.page_size;
-  for (int j = 0; j < keys; ++j) {
-    const int64_t page = pages[column];
-    widen<kHeadDim>(k + page * params.k_stride_page + offset * params.k_stride_token, work.k + j * kHeadDim);
-    widen<kHeadDim>(v + page * params.v_stride_page + offset * params.v_stride_token, work.v + j * kHeadDim);
-    if (++offset == params.page_size) offset = 0, ++column;
+// Where the keys of a row lie for one KV head.
+template <class T>
+struct Keys {
+  const T* k;
+  const T* v;
+  const int* pages;
+  const AttendParams& params;
+
+  Keys(const AttendParams& params, const Row& row, int kv_head)
+      : k(static_cast<const T*>(params.k) + kv_head * params.k_stride_head),
+        v(static_cast<const T*>(params.v) + kv_head * params.v_stride_head),
+        pages(params.plan.kv_indices + row.page_begin + static_cast<int64_t>(kv_head) * row.head_stride),
+        params(params) {}
+
+  // Calls visit(j, K row, V row) for keys begin + j, 0 <= j < count.
+  template <class Visit>
+  inline void for_each(int begin, int count, Visit visit) const {
+    int column = begin / params.page_size, offset = begin % params.page_size;
+    for (int j = 0; j < count; ++column, offset = 0) {
+      const int64_t page = pages[column];
+      const T* k_row = k + page * params.k_stride_page + offset * params.k_stride_token;
+      const T* v_row = v + page * params.v_stride_page + offset * params.v_stride_token;
+      for (const int end = std::min(count, j + params.page_size - offset); j < end; ++j) {
+        visit(j, k_row, v_row);
+        k_row += params.k_stride_token;
+        v_row += params.v_stride_token;
+      }
+    }
   }
+};
+
+template <int kHeadDim, class T>
+void fetch_block(const Keys<T>& keys, int begin, int count, Workspace& work) {
+  keys.for_each(begin, count, [&](int j, const T* k, const T* v) {
+    widen<kHeadDim>(k, work.k + j * kHeadDim);
+    widen<kHeadDim>(v, work.v + j * kHeadDim);
+  });
+}
+
+// The rows of a KV head lie too far apart for the hardware to foresee the next one.
+template <int kHeadDim, class T>
+void prefetch_block(const Keys<T>& keys, int begin, int count) {
+  keys.for_each(begin, count, [&](int, const T* k, const T* v) {
+    constexpr int kLine = 64 / sizeof(T);
+    for (int d = 0; d < kHeadDim; d += kLine) {
+      __builtin_prefetch(k + d);
+      __builtin_prefetch(v + d);
+    }
+  });
 }
 
 // p[r, j] = q[r] . k[j] for kRows queries and kLanes / kRows keys.
@@ -307,9 +344,11 @@ void attend_tile(const AttendParams& params, const Tile& tile, std::vector<float
   first = std::max(first, tile.kv_begin);
   last = std::min(last, tile.kv_end);
 
+  const Keys<T> all_keys(params, row, kv_head);
   for (int begin = first; begin < last; begin += kBlock) {
-    const int keys = std::min(kBlock, last - begin);
-    fetch_block<kHeadDim, T>(params, row, kv_head, begin, keys, work);
+    const int keys = std::min(kBlock, last - begin), next = begin + keys;
+    fetch_block<kHeadDim>(all_keys, begin, keys, work);
+    prefetch_block<kHeadDim>(all_keys, next, std::clamp(last - next, 0, kBlock));
     attend_block<kHeadDim>(params, work, 0, rows, begin, keys);
   }
 
@@ -342,19 +381,27 @@ void attend_cta(const AttendParams& params, int cta) {
 template <class T>
 AttendCta attend_cta_of(int head_dim) {
   switch (head_dim) {
-    case 64: return attend_cta<T, 64>;
-    case 96: return attend_cta<T, 96>;
-    case 128: return attend_cta<T, 128>;
-    case 256: return attend_cta<T, 256>;
-    default: return nullptr;
+    case 64:
+      return attend_cta<T, 64>;
+    case 96:
+      return attend_cta<T, 96>;
+    case 128:
+      return attend_cta<T, 128>;
+    case 256:
+      return attend_cta<T, 256>;
+    default:
+      return nullptr;
   }
 }
 
 inline AttendCta attend_cta_of(DType dtype, int head_dim) {
   switch (dtype) {
-    case DType::bf16: return attend_cta_of<Bf16>(head_dim);
-    case DType::fp16: return attend_cta_of<Fp16>(head_dim);
-    case DType::fp32: return attend_cta_of<float>(head_dim);
+    case DType::bf16:
+      return attend_cta_of<Bf16>(head_dim);
+    case DType::fp16:
+      return attend_cta_of<Fp16>(head_dim);
+    case DType::fp32:
+      return attend_cta_of<float>(head_dim);
   }
   return nullptr;
 }

@@ -76,9 +76,15 @@ void merge_tokens(const AttendParams& params) {
 
 int run_merge_cpu(const AttendParams& params) {
   switch (params.dtype) {
-    case DType::bf16: merge_tokens<Bf16>(params); break;
-    case DType::fp16: merge_tokens<Fp16>(params); break;
-    case DType::fp32: merge_tokens<float>(params); break;
+    case DType::bf16:
+      merge_tokens<Bf16>(params);
+      break;
+    case DType::fp16:
+      merge_tokens<Fp16>(params);
+      break;
+    case DType::fp32:
+      merge_tokens<float>(params);
+      break;
   }
   return 0;
 }
