@@ -83,15 +83,18 @@ def run(device: str) -> Iterator[Result]:
             causal=True,
             q_data_type=dtype,
         )
-        out = attention.run(on_device[0], (on_device[1], on_device[2])).cpu().double()
+        out = torch.empty_like(on_device[0])
+        attention.run(on_device[0], (on_device[1], on_device[2]), out=out)
+        out = out.cpu().double()
         ms = 1e3 * (time.perf_counter() - start)
         exact = plain(batch, q.double(), k.double(), v.double())
         rounded = plain(batch, q, k, v).double()
-        shares = batch.name == "decode"
-        counts = attention.counts()
+        layout, counts = attention._layout, attention._planner.plan.counts.tolist()
+        assert layout is not None  # a plan was made
+        shares = batch.name == "decode" and layout.options.share
         yield Result(
             name=batch.name,
-            variant=attention.variant,
+            variant=layout.choice.variant.name,
             error=float((out - exact).abs().nan_to_num(torch.inf).max()),
             bound=2 * float((rounded - exact).abs().max()),
             ms=ms,
