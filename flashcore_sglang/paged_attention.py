@@ -72,10 +72,9 @@ class PagedAttention:
         max_tokens: int | None = None,
         max_pages: int | None = None,
     ) -> None:
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", torch.cuda.current_device())
-        self.device = device
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if self.device.type == "cuda" and self.device.index is None:
+            self.device = torch.device("cuda", torch.cuda.current_device())
         self._config = config.load()
         self._limits = {"max_batch": max_batch, "max_tokens": max_tokens, "max_pages": max_pages}
         self._layout: _Layout | None = None
@@ -184,8 +183,8 @@ class PagedAttention:
         if self._captured and (layout, settings) != (self._layout, self._settings):
             raise ValueError(
                 "plan: expected the shapes, masks and number of query tokens that a captured run has fixed, got "
-                f"{layout}, {settings} after {self._layout}, {self._settings}; use another PagedAttention, with max_batch, "
-                "max_tokens and max_pages"
+                f"{layout}, {settings} after {self._layout}, {self._settings}; use another PagedAttention, with "
+                "max_batch, max_tokens and max_pages"
             )
         if self._config.check:
             ops.check_page_table(kv_indptr, kv_indices, kv_last_page_len, page_size, high + 1)

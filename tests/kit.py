@@ -165,6 +165,6 @@ def assert_close(
     at = torch.unravel_index(error.argmax(), error.shape)
     where = [int(i) for i in at]
     assert worst <= tolerance, (
-        f"{name}{where}: got {actual64[at].item()}, expected {truth[at].item()}; error {worst:.3g}, allowed {tolerance:.3g} "
-        f"(plain PyTorch is off by {plain_error:.3g})\n{case!r}"
+        f"{name}{where}: got {actual64[at].item()}, expected {truth[at].item()}; error {worst:.3g}, "
+        f"allowed {tolerance:.3g} (plain PyTorch is off by {plain_error:.3g})\n{case!r}"
     )

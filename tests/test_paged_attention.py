@@ -177,9 +177,7 @@ def test_pages_outside_of_the_cache() -> None:
     attention = PagedAttention(device="cpu")
     plan(attention, problem)
     few = replace(problem, k_cache=problem.k_cache[:2], v_cache=problem.v_cache[:2])
-    with pytest.raises(
-        ValueError, match="k_cache: expected at least the .* pages that the plan's kv_indices name, got 2"
-    ):
+    with pytest.raises(ValueError, match=r"k_cache: expected at least the \d+ pages .* kv_indices name, got 2"):
         run(attention, few)
 
 
@@ -203,9 +201,9 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match="max_batch: expected at most 1, got 2"):
         plan(attention, problem)
     attention = PagedAttention(device="cpu")
-    with pytest.raises(ValueError, match="policy: expected exact, window or topk, got 'best'"):
+    with pytest.raises(ValueError, match=r"policy: expected exact, window or topk, got 'best'"):
         plan(attention, problem, policy="best")
-    with pytest.raises(ValueError, match="kv_data_type: expected torch.bfloat16 as q_data_type, got torch.float16"):
+    with pytest.raises(ValueError, match=r"kv_data_type: expected torch.bfloat16 as q_data_type, got torch.float16"):
         plan(attention, problem, kv_data_type=torch.float16)
     with pytest.raises(variants.UnsupportedError, match="wmma_sm80"):
         plan(attention, problem, variant="wmma_sm80")
