@@ -142,7 +142,7 @@ struct Builder {
   // A token's position, its merge entries, and the row that begins with it.
   FLASHCORE_TEAM void write_token(int32_t t) {
     const Plan& plan = p.plan;
-    const int32_t r = find_segment(plan.qo_indptr, p.batch, t);
+    const int32_t r = find_segment(plan.qo_indptr, 0, p.batch, t);
     const Request request = request_of(p, r);
     const int32_t i = t - request.q_begin, most = tokens_per_row(p);
     plan.positions[t] = request.kv_len - request.q_len + i;
@@ -188,7 +188,7 @@ struct Builder {
     const bool fixed = p.split_keys > 0;
     const bool one_token = fixed && p.plan.qo_indptr[r.request + 1] - p.plan.qo_indptr[r.request] == 1;
     const int32_t split_units = !fixed ? 0 : one_token ? p.split_keys / kSplitUnit : work.units;
-    return {line, work, s.row_cost[row] + head * work.total(), split_units};
+    return Cut(line, work, s.row_cost[row] + head * work.total(), split_units);
   }
 
   FLASHCORE_TEAM void cut_tiles(int32_t num_rows, int32_t num_packed_rows) {
@@ -223,7 +223,10 @@ struct Builder {
 
   FLASHCORE_TEAM void write_tile(const Line& line, int32_t num_pairs, int32_t tile) {
     const Plan& plan = p.plan;
-    const int32_t pair = find_segment(plan.tile_indptr, num_pairs, tile);
+    // Balanced tiles outnumber their pairs by less than a tile for each CTA.
+    const int32_t most = tile < num_pairs ? tile + 1 : num_pairs;
+    const int32_t least = p.split_keys == 0 && tile > plan.num_ctas ? tile - plan.num_ctas : 0;
+    const int32_t pair = find_segment(plan.tile_indptr, least, most, tile);
     const int32_t first = plan.tile_indptr[pair], k = tile - first, num_tiles = plan.tile_indptr[pair + 1] - first;
     const Row& row = plan.rows[pair / p.num_kv_heads];
     const Cut cut = cut_of(line, pair);

@@ -20,9 +20,9 @@ namespace flashcore {
 
 FLASHCORE_HD int32_t ceil_div(int32_t a, int32_t b) { return (a + b - 1) / b; }
 
-// Last index i of a non-decreasing indptr[0..n] with indptr[i] <= value; entries that span nothing are passed over.
-FLASHCORE_HD int32_t find_segment(const int32_t* indptr, int32_t n, int32_t value) {
-  int32_t low = 0, high = n;  // indptr[low] <= value < indptr[high]
+// Last index i of a non-decreasing indptr with indptr[i] <= value, knowing that indptr[low] <= value < indptr[high];
+// entries that span nothing are passed over.
+FLASHCORE_HD int32_t find_segment(const int32_t* indptr, int32_t low, int32_t high, int32_t value) {
   while (high - low > 1) {
     const int32_t middle = low + (high - low) / 2;
     if (indptr[middle] <= value) {
@@ -133,22 +133,34 @@ FLASHCORE_HD PairWork work_of(const Row& row, int32_t group) {
   return {units, unit_cost(packed), packed};
 }
 
-// The line [0, total) in `shares` equal stretches: a unit belongs to the CTA in whose stretch it starts.
-struct Line {
-  int64_t total;
-  int32_t shares;
+// A division that takes the short way where it can; 64-bit division is a subroutine on a GPU.
+FLASHCORE_HD int64_t divide(int64_t a, int64_t b) {
+  constexpr int64_t kShort = int64_t{1} << 32;
+  if (a < kShort && b < kShort) return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
+  return a / b;
+}
 
-  FLASHCORE_HD Line(int64_t work, int32_t num_ctas, bool balanced) : total(work > 0 ? work : 1), shares(num_ctas) {
-    const int64_t enough = total / (kMinUnits * kBaseCost);
+// The line in `shares` stretches, the first `longer` of them of length + 1: a unit belongs to the CTA in whose stretch it
+// starts.
+struct Line {
+  int64_t length;
+  int32_t longer, shares;
+
+  FLASHCORE_HD Line(int64_t work, int32_t num_ctas, bool balanced) : shares(num_ctas) {
+    const int64_t enough = work / (kMinUnits * kBaseCost);
     if (balanced && enough < shares) shares = enough > 1 ? static_cast<int32_t>(enough) : 1;
+    length = work / shares;
+    longer = static_cast<int32_t>(work % shares);
   }
-  FLASHCORE_HD int64_t begin(int32_t cta) const { return total * cta / shares; }
-  // Largest cta with begin(cta) <= position.
+  FLASHCORE_HD int64_t begin(int32_t cta) const { return cta * length + (cta < longer ? cta : longer); }
+  // The cta with begin(cta) <= position < begin(cta + 1).
   FLASHCORE_HD int32_t cta_of(int64_t position) const {
-    return static_cast<int32_t>(((position + 1) * shares - 1) / total);
+    const int64_t even = longer * (length + 1);
+    if (position < even) return static_cast<int32_t>(divide(position, length + 1));
+    return longer + static_cast<int32_t>(divide(position - even, length));
   }
   // Whether every stretch inside a pair holds the start of a unit; if not, none holds two.
-  FLASHCORE_HD bool fine(int32_t cost) const { return total / shares >= cost; }
+  FLASHCORE_HD bool fine(int32_t cost) const { return length >= cost; }
 };
 
 // How one pair is cut into tiles.
@@ -157,21 +169,27 @@ struct Cut {
   PairWork work;
   int64_t position;     // of the pair on the line
   int32_t split_units;  // > 0: a tile every split_units units, whatever the line
+  int32_t first_cta;
+
+  FLASHCORE_HD Cut(const Line& line, const PairWork& work, int64_t position, int32_t split_units)
+      : line(line), work(work), position(position), split_units(split_units), first_cta(line.cta_of(position)) {}
 
   FLASHCORE_HD int32_t num_tiles() const {
     if (split_units > 0) return ceil_div(work.units, split_units);
     if (!line.fine(work.cost)) return work.units;
-    return line.cta_of(unit_position(work.units - 1)) - line.cta_of(position) + 1;
+    return line.cta_of(unit_position(work.units - 1)) - first_cta + 1;
   }
-  // First unit of tile k; units for k = num_tiles().
+  // First unit of tile k; `units` or more for k = num_tiles().
   FLASHCORE_HD int32_t first_unit(int32_t k) const {
     if (k == 0) return 0;
-    if (split_units > 0) return k * split_units < work.units ? k * split_units : work.units;
+    if (split_units > 0) return k * split_units;
     if (!line.fine(work.cost)) return k;
-    const int64_t unit = (line.begin(line.cta_of(position) + k) - position + work.cost - 1) / work.cost;
-    return unit < work.units ? static_cast<int32_t>(unit) : work.units;
+    return static_cast<int32_t>(divide(line.begin(first_cta + k) - position + work.cost - 1, work.cost));
   }
-  FLASHCORE_HD int32_t cta_of_tile(int32_t k) const { return line.cta_of(unit_position(first_unit(k))); }
+  FLASHCORE_HD int32_t cta_of_tile(int32_t k) const {
+    if (split_units == 0 && line.fine(work.cost)) return first_cta + k;
+    return line.cta_of(unit_position(first_unit(k)));
+  }
   FLASHCORE_HD int64_t unit_position(int32_t unit) const { return position + static_cast<int64_t>(unit) * work.cost; }
 };
 
