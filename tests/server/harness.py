@@ -1,0 +1,177 @@
+"""A whole SGLang server as a test subject: start it, send it traffic, compare log-probabilities.
+
+Greedy tokens of two servers part ways at the first near tie, so tokens are never compared. Instead every sequence that
+a server under test has produced is scored by the reference server, which reads it as one prompt.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import requests
+
+START_SECONDS = 300
+REQUEST_SECONDS = 120
+
+CPU_ENVIRONMENT = {"SGLANG_PLATFORM": "flashcore_cpu", "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+@dataclass(frozen=True)
+class Result:
+    """One request's answer. Log-probabilities are those of the tokens from `start` on, then of the new ones."""
+
+    prompt: list[int]
+    start: int
+    tokens: list[int]
+    prompt_logprobs: list[float]
+    token_logprobs: list[float]
+    cached_tokens: int
+    retractions: int
+
+    @property
+    def sequence(self) -> list[int]:
+        return self.prompt + self.tokens
+
+    @property
+    def logprobs(self) -> list[float]:
+        return self.prompt_logprobs + self.token_logprobs
+
+
+class Server:
+    """A server process. Creating one does not wait for it: two start in the time of one. The first request waits."""
+
+    def __init__(
+        self,
+        model: Path,
+        backend: str,
+        folder: Path,
+        *flags: str,
+        device: str = "cpu",
+        environment: dict[str, str] | None = None,
+    ) -> None:
+        self.port = _free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = folder / f"{backend}-{self.port}.log"
+        command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--device", device]
+        command += ["--attention-backend", backend, "--host", "127.0.0.1", "--port", str(self.port)]
+        command += ["--skip-server-warmup", "--sleep-on-idle", *flags]
+        environ = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        environ |= {"SGLANG_DEBUG_MEMORY_POOL": "1", **(CPU_ENVIRONMENT if device == "cpu" else {})}
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environ | (environment or {}),
+                start_new_session=True,
+            )
+        self._ready = False
+
+    def stop(self) -> None:
+        """Ends the server and the processes that it started."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def post(self, path: str, **arguments: Any) -> requests.Response:
+        self._wait_until_ready()
+        response = requests.post(self.url + path, timeout=REQUEST_SECONDS, **arguments)
+        assert response.ok, f"{path}: {response.status_code} {response.text[:500]}\n{self.tail()}"
+        return response
+
+    def get(self, path: str) -> str:
+        self._wait_until_ready()
+        response = requests.get(self.url + path, timeout=REQUEST_SECONDS)
+        assert response.ok, f"{path}: {response.status_code} {response.text[:500]}\n{self.tail()}"
+        return response.text
+
+    def generate(self, prompt: Sequence[int], new_tokens: int, start: int = 0) -> Result:
+        """Greedy continuation of `prompt`; log-probabilities from position `start` (and the cache used before it)."""
+        body = _request(prompt, new_tokens) | {"return_logprob": True, "logprob_start_len": start}
+        answer = self.post("/generate", json=body).json()
+        meta = answer["meta_info"]
+        # The first token of a prompt has no log-probability.
+        scored = [entry[0] for entry in meta["input_token_logprobs"] if entry[0] is not None]
+        return Result(
+            prompt=list(prompt),
+            start=len(prompt) - len(scored),
+            tokens=[entry[1] for entry in meta["output_token_logprobs"]],
+            prompt_logprobs=scored,
+            token_logprobs=[entry[0] for entry in meta["output_token_logprobs"]],
+            cached_tokens=meta["cached_tokens"],
+            retractions=meta["num_retractions"],
+        )
+
+    def generate_all(self, prompts: Iterable[Sequence[int]], new_tokens: int, start: int = 0) -> list[Result]:
+        """All at once."""
+        with ThreadPoolExecutor(64) as pool:
+            return list(pool.map(lambda prompt: self.generate(prompt, new_tokens, start), prompts))
+
+    def break_off(self, prompt: Sequence[int], after: int) -> int:
+        """Reads `after` tokens of a stream and hangs up; returns how many came."""
+        body = _request(prompt, 512) | {"stream": True}
+        self._wait_until_ready()
+        with requests.post(self.url + "/generate", json=body, stream=True, timeout=REQUEST_SECONDS) as response:
+            lines = (line for line in response.iter_lines() if line.startswith(b"data:"))
+            return len(list(itertools.islice(lines, after)))
+
+    def flush(self) -> None:
+        """Empties the radix cache."""
+        self.post("/flush_cache", params={"timeout": 30})
+
+    def wait_until_idle(self) -> None:
+        """Returns when no request is running: of those that were broken off, none is left behind."""
+        self.flush()  # it waits for running requests, and fails where they stay
+
+    def tail(self) -> str:
+        """The end of the server's log, for people."""
+        return f"{self.log}:\n" + "\n".join(self.log.read_text(errors="replace").splitlines()[-30:])
+
+    def _wait_until_ready(self) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        while not self._ready:
+            assert self.process.poll() is None, f"the server ended with {self.process.returncode}\n{self.tail()}"
+            assert time.monotonic() < deadline, f"the server did not start in {START_SECONDS} s\n{self.tail()}"
+            try:
+                self._ready = requests.get(self.url + "/health", timeout=20).ok
+            except requests.RequestException:
+                time.sleep(0.5)
+
+
+def deviations(results: Iterable[Result], reference: Server) -> list[float]:
+    """|log-probability - the reference's| of every token of `results`, the reference reading each as one prompt."""
+    results = list(results)
+    scores = reference.generate_all([result.sequence for result in results], new_tokens=0)
+    found = []
+    for result, score in zip(results, scores, strict=True):
+        expected = score.prompt_logprobs[result.start - score.start :]
+        found += [abs(a - b) for a, b in zip(result.logprobs, expected, strict=True)]
+    return found
+
+
+def random_prompts(lengths: Iterable[int], seed: int, prefix: Sequence[int] = ()) -> list[list[int]]:
+    """Prompts of random tokens behind a common prefix."""
+    generator = random.Random(seed)
+    return [[*prefix, *(generator.randrange(10000) for _ in range(length))] for length in lengths]
+
+
+def _request(prompt: Sequence[int], new_tokens: int) -> dict[str, Any]:
+    sampling = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
+    return {"input_ids": list(prompt), "sampling_params": sampling}
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
