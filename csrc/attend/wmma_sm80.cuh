@@ -204,12 +204,13 @@ class KeyStream {
   // Looks up the first kStages blocks; __syncthreads before start().
   __device__ __forceinline__ KeyStream(const AttendParams& p, const Work& work, unsigned char* ring,
                                        KeyAddress<Element>* addresses)
-      : p_(p), work_(work), ring_(shared_address(ring)), addresses_(addresses),
+      : p_(p), begin_(work.tile.kv_begin), end_(work.tile.kv_end), kv_head_(work.kv_head),
+        ring_(shared_address(ring)), addresses_(addresses),
         pages_(p.plan.kv_indices + work.row.page_begin + int64_t{work.kv_head} * work.row.head_stride) {
 #pragma unroll
     for (int first = 0; first < kStages * kKeys; first += kThreads) {
-      const int i = first + threadIdx.x, key = work.tile.kv_begin + i;
-      if (i < kStages * kKeys && key < work.tile.kv_end) addresses[i] = locate(key, pages_[key / p.page_size]);
+      const int i = first + threadIdx.x, key = begin_ + i;
+      if (i < kStages * kKeys && key < end_) addresses[i] = locate(key, pages_[key / p.page_size]);
     }
   }
 
@@ -217,7 +218,7 @@ class KeyStream {
   __device__ __forceinline__ void start() const {
 #pragma unroll
     for (int stage = 0; stage < kStages - 1; ++stage) {
-      load(work_.tile.kv_begin + stage * kKeys, stage);
+      load(begin_ + stage * kKeys, stage);
       copy_async_commit();
     }
   }
@@ -226,11 +227,11 @@ class KeyStream {
   template <typename Compute>
   __device__ __forceinline__ void for_each_block(Compute&& compute) const {
     int stage = 0;
-    for (int key = work_.tile.kv_begin; key < work_.tile.kv_end; key += kKeys) {
+    for (int key = begin_; key < end_; key += kKeys) {
       copy_async_wait<kStages - 2>();
       __syncthreads();  // the block has arrived, its addresses are free, and so is the stage before it
       const int next_key = key + kStages * kKeys + threadIdx.x;
-      const bool has_next = threadIdx.x < kKeys && next_key < work_.tile.kv_end;
+      const bool has_next = threadIdx.x < kKeys && next_key < end_;
       int page = 0;
       if (has_next) page = pages_[next_key / p_.page_size];
       load(key + (kStages - 1) * kKeys, stage == 0 ? kStages - 1 : stage - 1);
@@ -243,7 +244,7 @@ class KeyStream {
 
  private:
   __device__ __forceinline__ KeyAddress<Element> locate(int key, int page) const {
-    const int64_t token = key % p_.page_size, head = work_.kv_head;
+    const int64_t token = key % p_.page_size, head = kv_head_;
     return {static_cast<const Element*>(p_.k) + page * p_.k_stride_page + token * p_.k_stride_token +
                 head * p_.k_stride_head,
             static_cast<const Element*>(p_.v) + page * p_.v_stride_page + token * p_.v_stride_token +
@@ -252,20 +253,19 @@ class KeyStream {
 
   // Keys past the end become zeros: a masked key has weight 0, and 0 * NaN of a stale V would not be 0.
   __device__ __forceinline__ void load(int key, int stage) const {
-    const int end = work_.tile.kv_end;
-    if (key >= end) return;
+    if (key >= end_) return;
     const uint32_t block = ring_ + stage * kStageBytes;
     Block::template for_each_chunk<kKeys>([&](int row, int chunk) {
       const KeyAddress<Element> address = addresses_[stage * kKeys + row];
       const uint32_t to = block + Block::offset(row, chunk);
-      const bool valid = key + row < end;
+      const bool valid = key + row < end_;
       copy_async_16<Block::kRowBytes>(to, valid ? address.k + chunk * 8 : p_.k, valid);
       copy_async_16<Block::kRowBytes>(to + kVOffset, valid ? address.v + chunk * 8 : p_.v, valid);
     });
   }
 
   const AttendParams& p_;
-  const Work& work_;
+  const int begin_, end_, kv_head_;
   const uint32_t ring_;
   KeyAddress<Element>* const addresses_;
   const int32_t* const pages_;
