@@ -217,7 +217,7 @@ def test_planner_says_what_does_not_fit() -> None:
     capacity = private([100, 30]).capacity()
     with pytest.raises(ValueError, match="sparse_pages: expected at least 6"):
         make_planner(PlannerOptions(policy=Policy.WINDOW, page_size=16, sink_pages=1, recent_pages=2), capacity, "cpu")
-    with pytest.raises(ValueError, match="expected page_size 64"):
+    with pytest.raises(ValueError, match="the options' page_size 64"):
         make_planner(PlannerOptions(page_size=64), capacity, "cpu")
     planner = make_planner(PlannerOptions(page_size=16), capacity, "cpu")
     with pytest.raises(ValueError, match="batch: expected at most 2 requests, got 3"):

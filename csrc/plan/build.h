@@ -3,7 +3,8 @@
 // Team runs them: one CPU thread, or the threads of one CTA. It offers
 //   for_each(n, f)             f(i) for every i, finished when it returns
 //   scan(n, value, f)          f(i, sum of value(j) for j < i) for every i; returns the whole sum
-//   rank(n, key, f)            f(i, how many j < i have the same key), counted on in counter[key]; keys < 0 are left out
+//   rank(n, key, f)            f(i, how many j < i have the same key), counted on in counter[key]; keys < 0 are left
+//   out
 // so that both produce the same plan from the same source.
 #pragma once
 

@@ -1,8 +1,8 @@
 // The page table of a batch as CSR, from SGLang's req_to_token.
 //
-// Grid (requests, chunks of columns), 256 threads. Slots of a page follow each other, so page column c of a request holds
-// page id req_to_token[row, c * page_size] / page_size. Each CTA sums up the pages of the requests before its own: that is
-// less work than a launch for a scan. Entries beyond a request's length are another's and are never read.
+// Grid (requests, chunks of columns), 256 threads. Slots of a page follow each other, so page column c of a request
+// holds page id req_to_token[row, c * page_size] / page_size. Each CTA sums up the pages of the requests before its
+// own: that is less work than a launch for a scan. Entries beyond a request's length are another's and are never read.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -43,8 +43,7 @@ __global__ void __launch_bounds__(kThreads) page_table_kernel(PageTableParams p)
     if (r == 0) p.kv_indptr[0] = 0;
     if (r < p.batch) {
       p.kv_indptr[r + 1] = begin + columns;
-      p.last_page_len[r] =
-          columns > 0 ? static_cast<int32_t>(length_of(p, r) - int64_t{columns - 1} * p.page_size) : 0;
+      p.last_page_len[r] = columns > 0 ? static_cast<int32_t>(length_of(p, r) - int64_t{columns - 1} * p.page_size) : 0;
     }
   }
   if (columns == 0) return;

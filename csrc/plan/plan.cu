@@ -3,10 +3,11 @@
 //   count_first     1 CTA                  owner and count of every request's first page; without sharing it ends here
 //   count_pages     (requests, chunks)     the other full columns of requests whose first page is shared
 //   walk            (requests)             down the columns of one request: nodes of the prefix tree (share.h)
-//   build           1 + requests CTAs      CTA 0 makes the plan (build.h); the others put owners and counts back to zero
+//   build           1 + requests CTAs      CTA 0 makes the plan (build.h); the others put owners and counts back to
+//   zero
 //
-// Integer atomics whose order does not matter (max, add) are all there is between CTAs, so a plan is the same in every run
-// and the same as the CPU's.
+// Integer atomics whose order does not matter (max, add) are all there is between CTAs, so a plan is the same in every
+// run and the same as the CPU's.
 #include <cuda_runtime.h>
 
 #include <algorithm>

@@ -1,8 +1,8 @@
 // The arithmetic of a plan, for host and device alike: what a request wants, what a key costs, where tiles are cut.
 //
-// Balanced tiles ("stream-K", Osama et al., arXiv 2301.03598): the work of all (row, KV head) pairs is laid on one line,
-// in units of kSplitUnit keys, and the line is cut evenly over the CTAs. Every cut has a closed form, so that tiles are
-// found in parallel and come out the same on every machine.
+// Balanced tiles ("stream-K", Osama et al., arXiv 2301.03598): the work of all (row, KV head) pairs is laid on one
+// line, in units of kSplitUnit keys, and the line is cut evenly over the CTAs. Every cut has a closed form, so that
+// tiles are found in parallel and come out the same on every machine.
 #pragma once
 
 #include "params.h"
@@ -140,8 +140,8 @@ FLASHCORE_HD int64_t divide(int64_t a, int64_t b) {
   return a / b;
 }
 
-// The line in `shares` stretches, the first `longer` of them of length + 1: a unit belongs to the CTA in whose stretch it
-// starts.
+// The line in `shares` stretches, the first `longer` of them of length + 1: a unit belongs to the CTA in whose stretch
+// it starts.
 struct Line {
   int64_t length;
   int32_t longer, shares;

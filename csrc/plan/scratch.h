@@ -20,10 +20,10 @@ struct Scratch {
   int32_t* chain_owner;  // [batch, kMaxLevels] request whose page table the node's row reads
   int32_t* chain_begin;  // [batch, kMaxLevels] page columns [begin, end)
   int32_t* chain_end;
-  int32_t* chain_rank;   // [batch, kMaxLevels] how many requests before this one are in the node
-  int32_t* members;      // [nodes] requests in the node
-  int32_t* node_row;     // [nodes] first of its rows
-  int32_t* node_token;   // [nodes] first of its entries in row_tokens
+  int32_t* chain_rank;  // [batch, kMaxLevels] how many requests before this one are in the node
+  int32_t* members;     // [nodes] requests in the node
+  int32_t* node_row;    // [nodes] first of its rows
+  int32_t* node_token;  // [nodes] first of its entries in row_tokens
   // Zero between plans, at the end of the block so that they stand still when the batch changes.
   int32_t* owner;  // [num_pages] batch - (lowest request that has the page in a full column), 0: none
   int32_t* count;  // [num_pages] requests that have it

@@ -19,9 +19,12 @@ inline float to_float(Fp16 value) {
 template <class F>
 void with_element(DType dtype, F f) {
   switch (dtype) {
-    case DType::bf16: return f(Bf16{});
-    case DType::fp16: return f(Fp16{});
-    case DType::fp32: return f(float{});
+    case DType::bf16:
+      return f(Bf16{});
+    case DType::fp16:
+      return f(Fp16{});
+    case DType::fp32:
+      return f(float{});
   }
 }
 

@@ -26,7 +26,7 @@ FLASHCORE_BOTH uint32_t sort_key(float score) {
 
 // The page columns of a request: sinks | [middle_begin, middle_end) to choose from | recent.
 struct Choice {
-  int32_t pages;         // of the request
+  int32_t pages;  // of the request
   int32_t middle_begin, middle_end;
   int32_t count;         // pages to choose
   const int32_t* table;  // page ids

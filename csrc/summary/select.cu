@@ -2,10 +2,10 @@
 //
 // score(page) = max over the query heads g of the group of  q_g . mean + std_weight * |q_g| . deviation
 //
-// Grid (KV heads, requests), 256 threads; a CTA scores the middle pages of its request, 8 channels a lane, finds the score
-// of the last page that still fits the budget by a radix select over the scores' bits (four rounds of 256 counts), and
-// writes the list by a prefix sum over the columns: no sort, and ties go to the lower column. Shared memory: q and
-// std_weight * |q| of the group in fp32.
+// Grid (KV heads, requests), 256 threads; a CTA scores the middle pages of its request, 8 channels a lane, finds the
+// score of the last page that still fits the budget by a radix select over the scores' bits (four rounds of 256
+// counts), and writes the list by a prefix sum over the columns: no sort, and ties go to the lower column. Shared
+// memory: q and std_weight * |q| of the group in fp32.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -34,8 +34,8 @@ struct SharedQuery {
 
 template <class T>
 __device__ void load_query(const SelectParams& p, int32_t r, int32_t kv_head, int32_t group, float* shared) {
-  const T* q = static_cast<const T*>(p.q) + p.plan.qo_indptr[r] * p.q_stride_token +
-               int64_t{kv_head} * group * p.q_stride_head;
+  const T* q =
+      static_cast<const T*>(p.q) + p.plan.qo_indptr[r] * p.q_stride_token + int64_t{kv_head} * group * p.q_stride_head;
   for (int32_t i = threadIdx.x; i < group * p.head_dim; i += kThreads) {
     const int32_t g = i / p.head_dim, c = i % p.head_dim;
     const float value = static_cast<float>(q[g * p.q_stride_head + c]);

@@ -11,8 +11,8 @@ namespace flashcore {
 
 namespace {
 
-// A head's channels with the blocks side by side: channel 8 b + j of block b stands at [j * lanes + b], so that blocks are
-// summed up in vectors.
+// A head's channels with the blocks side by side: channel 8 b + j of block b stands at [j * lanes + b], so that blocks
+// are summed up in vectors.
 struct Blocks {
   int32_t lanes;  // blocks, rounded up to a power of two
   std::vector<float> values;
@@ -51,9 +51,9 @@ void score_pages(const SelectParams& p, const Choice& choice, int32_t r, int32_t
   const int32_t group = p.num_qo_heads / p.num_kv_heads, dim = p.head_dim;
   std::vector<Blocks> q(group, Blocks(dim)), weighted(group, Blocks(dim));
   for (int32_t g = 0; g < group; ++g) {
-    q[g].load(static_cast<const T*>(p.q) + p.plan.qo_indptr[r] * p.q_stride_token +
-                  (kv_head * group + g) * p.q_stride_head,
-              dim);
+    q[g].load(
+        static_cast<const T*>(p.q) + p.plan.qo_indptr[r] * p.q_stride_token + (kv_head * group + g) * p.q_stride_head,
+        dim);
     for (size_t c = 0; c < q[g].values.size(); ++c) weighted[g].values[c] = p.std_weight * std::fabs(q[g].values[c]);
   }
   Blocks mean(dim), deviation(dim);

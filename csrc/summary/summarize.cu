@@ -1,8 +1,8 @@
 // Page summaries: mean and standard deviation of K in each channel over the tokens of a page, for each KV head.
 //
 // Grid (requests, chunks of page columns); a thread owns 8 channels of a head and goes through the page's tokens twice:
-// the second time they come from the cache, and the deviation loses no digits to a large mean. Pages that requests share
-// are written by each of them, with the same values.
+// the second time they come from the cache, and the deviation loses no digits to a large mean. Pages that requests
+// share are written by each of them, with the same values.
 #include <cuda_runtime.h>
 
 #include <algorithm>

@@ -80,8 +80,8 @@ class Planner:
             )
         if (capacity.page_size, capacity.split_keys) != (options.page_size, options.split_keys):
             raise ValueError(
-                f"capacity: expected the options' page_size {options.page_size} and split_keys {options.split_keys}, got "
-                f"{capacity.page_size} and {capacity.split_keys}; make both from the same settings"
+                f"capacity: expected the options' page_size {options.page_size} and split_keys {options.split_keys}, "
+                f"got {capacity.page_size} and {capacity.split_keys}; make both from the same settings"
             )
         if options.policy is not Policy.EXACT and options.recent_pages < 1:
             raise ValueError(
