@@ -24,7 +24,7 @@ url=http://127.0.0.1:${port:-30000}
 # Ends with the server, which takes over this process below.
 show_request_when_ready() {
   until curl --silent --fail "$url/health" >/dev/null; do
-    sleep 1
+    sleep 3
     kill -0 $$ 2>/dev/null || exit 0
   done
   say "Ready. Ask it something:"
