@@ -15,7 +15,8 @@ if ! .venv/bin/python -c 'import sys, torch; sys.exit(not torch.cuda.is_availabl
 fi
 if [[ " $*" != *" --model"* ]]; then
   [ -f .cache/small-llama/config.json ] || .venv/bin/python scripts/make_model.py .cache/small-llama
-  flags+=(--model-path .cache/small-llama)
+  # Left to itself SGLang would give the KV cache of a small model most of the memory.
+  flags+=(--model-path .cache/small-llama --max-total-tokens 131072 --max-running-requests 64)
 fi
 
 port=$(sed -nE 's/.*--port[= ]([0-9]+).*/\1/p' <<<"$*")
