@@ -127,6 +127,31 @@ def test_strided_inputs(variant: str) -> None:
     kit.check(problem, *kit.attend(strided, plan, variant=variant, rows_per_tile=rows_per_tile))
 
 
+@pytest.mark.parametrize("variant", EVERY)
+@pytest.mark.parametrize("is_decode", [True, False])
+def test_what_lies_behind_the_last_key_is_not_read(variant: str, is_decode: bool) -> None:
+    case = decode("stale", 3, 70, 17) if is_decode else extend("stale", (3, 3), (20, 70), (1, 17))
+    device, rows_per_tile = setup(case, variant)
+    problem = make(case, device)
+    for request, last in enumerate(problem.last_page_len.tolist()):
+        page = int(problem.kv_indices[problem.kv_indptr[request + 1] - 1])
+        problem.k_cache[page, last:] = torch.nan
+        problem.v_cache[page, last:] = torch.nan
+    plan = kit.make_plan(problem, rows_per_tile=rows_per_tile)
+    kit.check(problem, *kit.attend(problem, plan, variant=variant, rows_per_tile=rows_per_tile))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_number_survives(dtype: torch.dtype) -> None:
+    """Over a single key the output is its V, bit for bit, for every finite number of the format."""
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    values = torch.where(bits.isfinite() & (bits != 0), bits, 1).view(-1, 64)
+    problem = make(decode("numbers", *[1] * len(values), num_heads=1, num_kv_heads=1, page_size=1, dtype=dtype))
+    problem.v_cache[problem.kv_indices.long(), 0, 0] = values
+    out, _ = kit.attend(problem, kit.make_plan(problem), variant=CPU)
+    assert torch.equal(out[:, 0].view(torch.int16), values.view(torch.int16))
+
+
 @st.composite
 def random_cases(draw: st.DrawFn) -> Case:
     page_size = draw(st.sampled_from([1, 3, 8, 16, 64]))
