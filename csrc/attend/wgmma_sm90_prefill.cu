@@ -12,9 +12,9 @@ cudaError_t launch_head_dim(const AttendParams& p) {
   using prefill::Traits;
   switch (p.head_dim) {
     //                             head size, consumers, keys, stages, Q buffers, ordered
-    case 64: return launch<Traits<T, 64, 3, 128, 4, 2, true, kSoftCap>>(p);
-    case 128: return launch<Traits<T, 128, 2, 128, 3, 1, true, kSoftCap>>(p);
-    case 256: return launch<Traits<T, 256, 2, 64, 2, 1, true, kSoftCap>>(p);
+    case 64: return launch<Traits<T, 64, 3, 128, 4, 2, true, false, kSoftCap>>(p);
+    case 128: return launch<Traits<T, 128, 2, 128, 3, 1, true, false, kSoftCap>>(p);
+    case 256: return launch<Traits<T, 256, 2, 64, 2, 1, true, false, kSoftCap>>(p);
     default: return cudaErrorNotSupported;
   }
 }

@@ -17,6 +17,7 @@
 
 #include "device/math.cuh"
 #include "device/mbarrier.cuh"
+#include "device/mma_sm80.cuh"
 #include "device/tma.cuh"
 #include "device/wgmma.cuh"
 #include "params.h"
@@ -26,7 +27,7 @@ namespace flashcore::prefill {
 // --- Traits ----------------------------------------------------------------------------------------------------------
 
 template <typename T_, int kHeadDim_, int kConsumers_, int kBlockKeys_, int kStages_, int kQueryBuffers_, bool kOrdered_,
-          bool kSoftCap_>
+          bool kQueryInRegisters_, bool kSoftCap_>
 struct Traits {
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_;
@@ -35,6 +36,7 @@ struct Traits {
   static constexpr int kStages = kStages_;
   static constexpr int kQueryBuffers = kQueryBuffers_;
   static constexpr bool kOrdered = kOrdered_;  // consumers issue their matmuls in turn, so that softmaxes are staggered
+  static constexpr bool kQueryInRegisters = kQueryInRegisters_;
   static constexpr bool kSoftCap = kSoftCap_;
 
   static constexpr int kRows = 64 * kConsumers;
@@ -64,69 +66,68 @@ struct alignas(1024) Shared {
   typename Tr::T k[Tr::kStages][Tr::kSlabs][Tr::kBlockKeys][kSlab];
   typename Tr::T v[Tr::kStages][Tr::kSlabs][Tr::kBlockKeys][kSlab];
   Job jobs[Tr::kQueryBuffers];
+  int next_tile[2];  // from the producer's first warp to its others
   Mbarrier q_full[Tr::kQueryBuffers], q_empty[Tr::kQueryBuffers];
   Mbarrier k_full[Tr::kStages], k_empty[Tr::kStages];
   Mbarrier v_full[Tr::kStages], v_empty[Tr::kStages];
 };
 
-// Counts the uses of a ring of kStages stages; one register where a stage and a parity would be two.
+// The stage and the parity of use number `use` of a ring: one counter is one register where a cursor takes two.
 template <int kStages>
-class RingStep {
- public:
-  __device__ uint32_t stage() const { return step_ % kStages; }
-  __device__ uint32_t parity() const { return step_ / kStages % 2; }
-  __device__ void advance() { ++step_; }
+__device__ __forceinline__ uint32_t stage_of(uint32_t use) {
+  return use % kStages;
+}
 
- private:
-  uint32_t step_ = 0;
-};
+template <int kStages>
+__device__ __forceinline__ uint32_t parity_of(uint32_t use) {
+  return use / kStages % 2;
+}
 
 // Named barriers; 0 is __syncthreads.
-constexpr int kTailBarrier = 1;   // all consumers
-constexpr int kOrderBarrier = 2;  // + consumer: its turn to issue matmuls
+constexpr int kProducerBarrier = 1;
+constexpr int kTailBarrier = 2;   // all consumers
+constexpr int kOrderBarrier = 3;  // + consumer: its turn to issue matmuls
+
+constexpr int kProducerWarps = 4;  // small pages mean many boxes, more than one thread can issue in time
 
 // --- Which tile next -------------------------------------------------------------------------------------------------
 
 class TileSchedule {
  public:
-  __device__ TileSchedule(const Plan& plan, int num_kv_heads)
-      : plan_(plan), num_rows_(plan.counts[kNumRows]), num_tiles_(plan.counts[kNumTiles]) {
-    whole_ = num_tiles_ == num_rows_ * num_kv_heads;
-    num_kv_heads_ = num_kv_heads;
-    if (whole_) {
-      next_ = blockIdx.x;
-    } else {
-      range_ = blockIdx.x;
-      next_ = range_ < plan_.num_ctas ? plan_.cta_indptr[range_] : 0;
-    }
+  __device__ explicit TileSchedule(const AttendParams& p) : p_(p), next_(blockIdx.x), range_(blockIdx.x) {
+    if (!whole() && range_ < p.plan.num_ctas) next_ = p.plan.cta_indptr[range_];
   }
 
   // The next tile, or -1; called by one whole warp.
   __device__ int take() {
-    if (whole_) {
+    const Plan& plan = p_.plan;
+    if (whole()) {
+      const int num_tiles = plan.counts[kNumTiles], num_rows = plan.counts[kNumRows];
       const int rank = __shfl_sync(0xffffffff, next_, 0);
-      if (rank >= num_tiles_) return -1;
+      if (rank >= num_tiles) return -1;
       // Asked one tile ahead, so that the latency is hidden. Who takes a tile asks once: the last one to ask wraps the
       // cursor to 0, ready for the next launch.
       if (threadIdx.x % 32 == 0) {
-        next_ = gridDim.x + atomicInc(reinterpret_cast<unsigned*>(plan_.counts + kNextTile), num_tiles_ - 1);
+        next_ = gridDim.x + atomicInc(reinterpret_cast<unsigned*>(plan.counts + kNextTile), num_tiles - 1);
       }
-      const int head = rank / num_rows_;
-      const int row = num_rows_ - 1 - (rank - head * num_rows_);
-      return row * num_kv_heads_ + head;
+      const int head = rank / num_rows;
+      const int row = num_rows - 1 - (rank - head * num_rows);
+      return row * p_.num_kv_heads + head;
     }
-    while (range_ < plan_.num_ctas) {
-      if (next_ < plan_.cta_indptr[range_ + 1]) return next_++;
-      range_ += gridDim.x;
-      if (range_ < plan_.num_ctas) next_ = plan_.cta_indptr[range_];
+    for (; range_ < plan.num_ctas; range_ += gridDim.x) {
+      if (next_ < plan.cta_indptr[range_ + 1]) return next_++;
+      if (range_ + gridDim.x < plan.num_ctas) next_ = plan.cta_indptr[range_ + gridDim.x];
     }
     return -1;
   }
 
  private:
-  const Plan& plan_;
-  int num_rows_, num_tiles_, num_kv_heads_;
-  bool whole_;
+  // No row is cut along its keys: tile and (row, head) pair are the same.
+  __device__ bool whole() const {
+    return p_.plan.counts[kNumTiles] == p_.plan.counts[kNumRows] * p_.num_kv_heads;
+  }
+
+  const AttendParams& p_;
   int next_, range_;
 };
 
@@ -137,25 +138,62 @@ struct Maps {
   int32_t box_keys;              // keys of a box of k and v; divides page_size and kBlockKeys
 };
 
-// One warp: fetches Q of each tile and its blocks of K and V, last block first.
+// One thread: tells the consumers about a tile and fetches its queries.
+template <typename Tr>
+__device__ void load_query(const AttendParams& p, const Maps& maps, Shared<Tr>& smem, uint32_t buffer, const Tile& tile,
+                           int row_index, int kv_head, int blocks) {
+  const Row row = p.plan.rows[row_index];
+  const bool packed = row.flags & kPacked;
+  smem.jobs[buffer] = Job{blocks,        row.q_begin, row.q_count, packed,      kv_head,
+                          tile.kv_begin, tile.kv_end, row.kv_pos,  tile.partial};
+  const int group = p.num_qo_heads / p.num_kv_heads;
+  const int tokens = blocks == 0 ? 0 : packed ? row.q_count : Tr::kRows / group;
+  Mbarrier* const full = &smem.q_full[buffer];
+  mbarrier_arrive_expect_tx(full, tokens * group * Tr::kHeadDim * sizeof(typename Tr::T));
+  if (tokens == 0) return;
+#pragma unroll 1
+  for (int slab = 0; slab < Tr::kSlabs; ++slab) {
+    if (!packed) {
+      tma_load_query(smem.q[buffer][slab][0], &maps.q, full, row.q_begin, slab, kv_head, kEvictFirst);
+      continue;
+    }
+#pragma unroll 1
+    for (int i = 0; i < tokens; ++i) {
+      const int token = p.plan.row_tokens[row.q_begin + i];
+      tma_load_query(smem.q[buffer][slab][i * group], &maps.q_token, full, token, slab, kv_head, kEvictFirst);
+    }
+  }
+}
+
+// The producer's warps fetch Q of each tile and, dealing its boxes among them, its blocks of K and V, last block first.
 template <typename Tr>
 __device__ void produce(const AttendParams& p, const Maps& maps, Shared<Tr>& smem) {
   constexpr int kBlockKeys = Tr::kBlockKeys;
   const Plan& plan = p.plan;
-  const int lane = threadIdx.x % 32;
-  const int boxes = kBlockKeys / maps.box_keys;
-  RingStep<Tr::kQueryBuffers> q_step;
-  RingStep<Tr::kStages> k_step, v_step;
-  TileSchedule schedule(plan, p.num_kv_heads);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  // A block is loaded in (keys / box_keys) * kSlabs boxes; this warp issues numbers warp, warp + kProducerWarps, ...
+  const int boxes = kBlockKeys / maps.box_keys * Tr::kSlabs;
+  const int own_boxes = (boxes - warp + kProducerWarps - 1) / kProducerWarps;
+  uint32_t kv_use = 0;  // of V; K runs one block ahead
+  TileSchedule schedule(p);
 
-  for (;; q_step.advance()) {
-    const uint32_t buffer = q_step.stage();
-    const int t = schedule.take();
+  for (uint32_t tiles = 0;; ++tiles) {
+    int& next_tile = smem.next_tile[tiles % 2];
+    if (warp == 0) {
+      const int taken = schedule.take();
+      if (lane == 0) next_tile = taken;
+    }
+    named_barrier_sync(kProducerBarrier, 32 * kProducerWarps);
+    const int t = next_tile;
+    const uint32_t buffer = stage_of<Tr::kQueryBuffers>(tiles);
+    const uint32_t buffer_parity = parity_of<Tr::kQueryBuffers>(tiles) ^ 1;
     if (t < 0) {
-      mbarrier_wait(&smem.q_empty[buffer], q_step.parity() ^ 1);
-      if (lane == 0) {
-        smem.jobs[buffer].blocks = kNoMoreJobs;
-        mbarrier_arrive(&smem.q_full[buffer]);
+      if (warp == 0) {
+        mbarrier_wait(&smem.q_empty[buffer], buffer_parity);
+        if (lane == 0) {
+          smem.jobs[buffer].blocks = kNoMoreJobs;
+          mbarrier_arrive(&smem.q_full[buffer]);
+        }
       }
       return;
     }
@@ -166,76 +204,62 @@ __device__ void produce(const AttendParams& p, const Maps& maps, Shared<Tr>& sme
     pages += static_cast<int64_t>(kv_head) * plan.rows[row_index].head_stride;
     const int blocks = (tile.kv_end - tile.kv_begin + kBlockKeys - 1) / kBlockKeys;
 
-    // The page of box `lane` of a block, and the token in it. Boxes without keys lie outside the cache: TMA writes 0.
+    // The page of this lane's box of a block, and the token in it. A box without keys lies outside the cache: TMA
+    // writes zeros.
     const auto locate = [&](int block, int& page, int& token) {
-      const int key = tile.kv_begin + block * kBlockKeys + lane * maps.box_keys;
+      const int box = warp + lane * kProducerWarps;
+      const int key = tile.kv_begin + block * kBlockKeys + box / Tr::kSlabs * maps.box_keys;
       const int column = key / p.page_size;
       token = key - column * p.page_size;
-      page = lane < boxes && key < tile.kv_end ? pages[column] : p.num_pages;
+      page = lane < own_boxes && key < tile.kv_end ? pages[column] : p.num_pages;
     };
-    const auto load = [&](auto& ring, const CUtensorMap& map, Mbarrier* full, Mbarrier* empty,
-                          RingStep<Tr::kStages>& step, int page, int token) {
-      const uint32_t stage = step.stage();
-      mbarrier_wait(&empty[stage], step.parity() ^ 1);
-      if (lane == 0) mbarrier_arrive_expect_tx(&full[stage], Tr::kBlockBytes);
+    const auto load = [&](auto& ring, const CUtensorMap& map, Mbarrier* full, Mbarrier* empty, uint32_t use, int page,
+                          int token) {
+      const uint32_t stage = stage_of<Tr::kStages>(use);
+      mbarrier_wait(&empty[stage], parity_of<Tr::kStages>(use) ^ 1);
+      if (lane == 0) mbarrier_arrive_expect_tx(&full[stage], own_boxes * maps.box_keys * kSlab * sizeof(typename Tr::T));
 #pragma unroll 1
-      for (int box = 0; box < boxes; ++box) {
-        const int box_page = __shfl_sync(0xffffffff, page, box);
-        const int box_token = __shfl_sync(0xffffffff, token, box);
+      for (int i = 0; i < own_boxes; ++i) {
+        const int box_page = __shfl_sync(0xffffffff, page, i);
+        const int box_token = __shfl_sync(0xffffffff, token, i);
+        const int box = warp + i * kProducerWarps;
+        const int slab = box % Tr::kSlabs, key = box / Tr::kSlabs * maps.box_keys;
         if (lane == 0) {
-#pragma unroll
-          for (int slab = 0; slab < Tr::kSlabs; ++slab) {
-            tma_load_cache(ring[stage][slab][box * maps.box_keys], &map, &full[stage], box_token, slab, kv_head,
-                           box_page, kEvictNormal);
-          }
+          tma_load_cache(ring[stage][slab][key], &map, &full[stage], box_token, slab, kv_head, box_page, kEvictNormal);
         }
       }
       __syncwarp();
-      step.advance();
+    };
+    const auto load_k = [&](uint32_t use, int page, int token) {
+      load(smem.k, maps.k, smem.k_full, smem.k_empty, use, page, token);
+    };
+    const auto load_v = [&](uint32_t use, int page, int token) {
+      load(smem.v, maps.v, smem.v_full, smem.v_empty, use, page, token);
     };
 
     // In the order of use: K of a block, then V of the block before it.
     int page, token;
     if (blocks > 0) {
       locate(blocks - 1, page, token);
-      load(smem.k, maps.k, smem.k_full, smem.k_empty, k_step, page, token);
+      load_k(kv_use, page, token);
     }
 
-    mbarrier_wait(&smem.q_empty[buffer], q_step.parity() ^ 1);
-    if (lane == 0) {
-      const Row row = plan.rows[row_index];
-      const bool packed = row.flags & kPacked;
-      smem.jobs[buffer] = Job{blocks,  row.q_begin,   row.q_count, packed,     kv_head,
-                              tile.kv_begin, tile.kv_end, row.kv_pos,  tile.partial};
-      const int group = p.num_qo_heads / p.num_kv_heads;
-      const int tokens = blocks == 0 ? 0 : packed ? row.q_count : Tr::kRows / group;
-      Mbarrier* const full = &smem.q_full[buffer];
-      mbarrier_arrive_expect_tx(full, tokens * group * Tr::kHeadDim * sizeof(typename Tr::T));
-#pragma unroll 1
-      for (int slab = 0; slab < Tr::kSlabs && tokens > 0; ++slab) {
-        if (packed) {
-#pragma unroll 1
-          for (int i = 0; i < tokens; ++i) {
-            tma_load_query(smem.q[buffer][slab][i * group], &maps.q_token, full, plan.row_tokens[row.q_begin + i], slab,
-                           kv_head, kEvictFirst);
-          }
-        } else {
-          tma_load_query(smem.q[buffer][slab][0], &maps.q, full, row.q_begin, slab, kv_head, kEvictFirst);
-        }
-      }
+    if (warp == 0) {
+      mbarrier_wait(&smem.q_empty[buffer], buffer_parity);
+      if (lane == 0) load_query(p, maps, smem, buffer, tile, row_index, kv_head, blocks);
+      __syncwarp();
     }
-    __syncwarp();
     if (blocks == 0) continue;
 
-    for (int block = blocks - 2; block >= 0; --block) {
+    for (int block = blocks - 2; block >= 0; --block, ++kv_use) {
       int next_page, next_token;
       locate(block, next_page, next_token);
-      load(smem.k, maps.k, smem.k_full, smem.k_empty, k_step, next_page, next_token);
-      load(smem.v, maps.v, smem.v_full, smem.v_empty, v_step, page, token);
+      load_k(kv_use + 1, next_page, next_token);
+      load_v(kv_use, page, token);
       page = next_page;
       token = next_token;
     }
-    load(smem.v, maps.v, smem.v_full, smem.v_empty, v_step, page, token);
+    load_v(kv_use++, page, token);
   }
 }
 
@@ -252,6 +276,30 @@ __device__ __forceinline__ void issue_qk(float (&s)[Tr::kBlockKeys / 2], uint64_
     Mma::template ss<0, 0>(s, a, b, step > 0);
   }
   wgmma_commit();
+}
+
+// The same with Q in registers, which spares shared memory a third of its reads.
+template <typename Tr>
+__device__ __forceinline__ void issue_qk(float (&s)[Tr::kBlockKeys / 2], const uint32_t (&q)[Tr::kHeadDim / 16][4],
+                                         uint64_t k) {
+  using Mma = Wgmma<Tr::kBlockKeys, typename Tr::T>;
+#pragma unroll
+  for (int step = 0; step < Tr::kHeadDim / 16; ++step) {
+    Mma::template rs<0>(s, q[step], wgmma_advance(k, step / 4 * Tr::kBlockKeys * 128 + step % 4 * 32), step > 0);
+  }
+  wgmma_commit();
+}
+
+// This warp's 16 queries as A operands.
+template <typename Tr>
+__device__ __forceinline__ void load_query_registers(uint32_t (&q)[Tr::kHeadDim / 16][4],
+                                                     const typename Tr::T (&tile)[Tr::kSlabs][Tr::kRows][kSlab]) {
+  const int row = (threadIdx.x - 128) / 32 * 16 + threadIdx.x % 16;
+#pragma unroll
+  for (int step = 0; step < Tr::kHeadDim / 16; ++step) {
+    const int chunk = step % 4 * 2 + threadIdx.x % 32 / 16;
+    load_matrix_x4(q[step], shared_address(&tile[step / 4][row][(chunk ^ row % 8) * 8]));
+  }
 }
 
 // O += P V; asynchronous.
@@ -358,14 +406,15 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&words)[4]) {
 // P is 0 for keys beyond the last, but what a page holds there may be NaN, and 0 * NaN is NaN: the consumers together
 // write zeros to the rows of V from `tail` to the end of its box.
 template <typename Tr>
-__device__ __forceinline__ void clear_tail(Shared<Tr>& smem, const RingStep<Tr::kStages>& step, int tail) {
+__device__ __forceinline__ void clear_tail(Shared<Tr>& smem, uint32_t use, int tail) {
   const int end = min((tail + 63) / 64 * 64, Tr::kBlockKeys);  // boxes are at most 64 keys
   if (tail >= end) return;
   constexpr int kChunks = Tr::kSlabs * 8;  // 16-byte chunks of a key
   constexpr int kConsumerThreads = Tr::kThreads - 128;
-  mbarrier_wait(&smem.v_full[step.stage()], step.parity());
+  const uint32_t stage = stage_of<Tr::kStages>(use);
+  mbarrier_wait(&smem.v_full[stage], parity_of<Tr::kStages>(use));
   for (int i = threadIdx.x - 128; i < (end - tail) * kChunks; i += kConsumerThreads) {
-    auto& row = smem.v[step.stage()][i / 8 % Tr::kSlabs][tail + i / kChunks];
+    auto& row = smem.v[stage][i / 8 % Tr::kSlabs][tail + i / kChunks];
     reinterpret_cast<uint4*>(row)[i % 8] = uint4{0, 0, 0, 0};
   }
   fence_proxy_async();
@@ -419,14 +468,15 @@ __device__ void consume(const AttendParams& p, Shared<Tr>& smem) {
   constexpr int kBlockKeys = Tr::kBlockKeys;
   constexpr int kHeadDim = Tr::kHeadDim;
   const Plan& plan = p.plan;
-  const int consumer = threadIdx.x / 128 - 1;
+  // From lane 0: the compiler then knows it is the same in the warp and keeps descriptors in uniform registers.
+  const int consumer = __shfl_sync(0xffffffff, threadIdx.x / 128, 0) - 1;
   const int lane = threadIdx.x % 32;
   const int group = p.num_qo_heads / p.num_kv_heads;
   const float log2_scale = p.sm_scale * kLog2E;
   // With a soft cap the logits are already scaled when softmax sees them.
   const float softmax_scale = Tr::kSoftCap ? kLog2E : log2_scale;
-  RingStep<Tr::kQueryBuffers> q_step;
-  RingStep<Tr::kStages> kv_step;  // of V; K runs at most one step ahead
+  constexpr int kStages = Tr::kStages;
+  uint32_t use = 0;  // of the rings, the block whose V is next
 
   const auto turn_wait = [&] {
     if constexpr (Tr::kOrdered) named_barrier_sync(kOrderBarrier + consumer, 256);
@@ -439,13 +489,14 @@ __device__ void consume(const AttendParams& p, Shared<Tr>& smem) {
   };
   if (consumer == Tr::kConsumers - 1) turn_pass();
 
-  for (;; q_step.advance()) {
-    const uint32_t buffer = q_step.stage();
-    mbarrier_wait(&smem.q_full[buffer], q_step.parity());
+  for (uint32_t tiles = 0;; ++tiles) {
+    const uint32_t buffer = stage_of<Tr::kQueryBuffers>(tiles);
+    mbarrier_wait(&smem.q_full[buffer], parity_of<Tr::kQueryBuffers>(tiles));
     const Job& job = smem.jobs[buffer];
     const int blocks = job.blocks;
     if (blocks == kNoMoreJobs) return;
     const int kv_begin = job.kv_begin;
+    const int tail = (job.kv_end - kv_begin) - (blocks - 1) * kBlockKeys;  // keys of the last block
     const bool partial = job.partial >= 0;
 
     RowState rows;
@@ -480,16 +531,27 @@ __device__ void consume(const AttendParams& p, Shared<Tr>& smem) {
 #pragma unroll
     for (float& x : o) x = 0.0f;
 
+    uint32_t q_registers[kHeadDim / 16][4];
+    if constexpr (Tr::kQueryInRegisters) {
+      load_query_registers<Tr>(q_registers, smem.q[buffer]);
+      __syncwarp();
+      release(smem.q_empty[buffer]);
+    }
     const uint64_t q = wgmma_descriptor(smem.q[buffer][0][consumer * 64]);
-    const auto begin_qk = [&](const RingStep<Tr::kStages>& step) {
-      mbarrier_wait(&smem.k_full[step.stage()], step.parity());
+    const auto begin_qk = [&](uint32_t k_use) {
+      mbarrier_wait(&smem.k_full[stage_of<kStages>(k_use)], parity_of<kStages>(k_use));
       wgmma_fence();
-      issue_qk<Tr>(s, q, wgmma_descriptor(smem.k[step.stage()]));
+      const uint64_t k = wgmma_descriptor(smem.k[stage_of<kStages>(k_use)]);
+      if constexpr (Tr::kQueryInRegisters) {
+        issue_qk<Tr>(s, q_registers, k);
+      } else {
+        issue_qk<Tr>(s, q, k);
+      }
     };
-    const auto begin_pv = [&](const RingStep<Tr::kStages>& step) {
-      mbarrier_wait(&smem.v_full[step.stage()], step.parity());
+    const auto begin_pv = [&] {
+      mbarrier_wait(&smem.v_full[stage_of<kStages>(use)], parity_of<kStages>(use));
       wgmma_fence();
-      issue_pv<Tr>(o, probabilities, wgmma_descriptor(smem.v[step.stage()], kBlockKeys * 128));
+      issue_pv<Tr>(o, probabilities, wgmma_descriptor(smem.v[stage_of<kStages>(use)], kBlockKeys * 128));
     };
     // `begin`: the block's first key.
     const auto logits_to_p = [&](int begin) {
@@ -507,45 +569,58 @@ __device__ void consume(const AttendParams& p, Shared<Tr>& smem) {
     };
 
     if (blocks > 0) {
-      int begin = kv_begin + (blocks - 1) * kBlockKeys;
-      const int tail = job.kv_end - begin;
-      begin_qk(kv_step);
+      // Blocks at the end that none of this warpgroup's queries sees: handed back unread.
+      int skipped = 0;
+      if (p.causal && !job.packed) {
+        const int index = min(job.q_count - 1, (64 * consumer + 63) / group);
+        const int last = plan.positions[job.q_begin + index] - job.kv_pos;
+        // Equal in all lanes anyway; reduced, the compiler knows, and keeps ring stages in uniform registers.
+        skipped = __reduce_max_sync(0xffffffff, blocks - 1 - min(max(last - kv_begin, 0) / kBlockKeys, blocks - 1));
+        if (skipped > 0) clear_tail<Tr>(smem, use, tail);
+        for (int i = 0; i < skipped; ++i, ++use) {
+          turn_wait();
+          turn_pass();
+          mbarrier_wait(&smem.k_full[stage_of<kStages>(use)], parity_of<kStages>(use));
+          release(smem.k_empty[stage_of<kStages>(use)]);
+          mbarrier_wait(&smem.v_full[stage_of<kStages>(use)], parity_of<kStages>(use));
+          release(smem.v_empty[stage_of<kStages>(use)]);
+        }
+      }
+      int begin = kv_begin + (blocks - 1 - skipped) * kBlockKeys;
+      begin_qk(use);
       wgmma_wait<0>();
       wgmma_pin(s);
-      release(smem.k_empty[kv_step.stage()]);
+      release(smem.k_empty[stage_of<kStages>(use)]);
       logits_to_p(begin);
       pack_p();
-      clear_tail(smem, kv_step, tail);
+      if (skipped == 0) clear_tail<Tr>(smem, use, tail);
 
-      for (begin -= kBlockKeys; begin >= kv_begin; begin -= kBlockKeys) {
-        RingStep<Tr::kStages> k_step = kv_step;
-        k_step.advance();
+      for (begin -= kBlockKeys; begin >= kv_begin; begin -= kBlockKeys, ++use) {
         turn_wait();
-        begin_qk(k_step);
-        begin_pv(kv_step);
+        begin_qk(use + 1);
+        begin_pv();
         turn_pass();
         wgmma_wait<1>();
         wgmma_pin(s);
-        release(smem.k_empty[k_step.stage()]);
+        release(smem.k_empty[stage_of<kStages>(use + 1)]);
         const bool moved = logits_to_p(begin);
         wgmma_wait<0>();
         wgmma_pin(o);
         wgmma_pin(s);  // packing it any earlier would need a second set of registers for P
-        release(smem.v_empty[kv_step.stage()]);
-        kv_step = k_step;
+        release(smem.v_empty[stage_of<kStages>(use)]);
         if (moved) {
 #pragma unroll
           for (int i = 0; i < kHeadDim / 2; ++i) o[i] *= factor[i / 2 % 2];
         }
         pack_p();
       }
-      release(smem.q_empty[buffer]);
-      begin_pv(kv_step);
+      if constexpr (!Tr::kQueryInRegisters) release(smem.q_empty[buffer]);
+      begin_pv();
       wgmma_wait<0>();
       wgmma_pin(o);
-      release(smem.v_empty[kv_step.stage()]);
-      kv_step.advance();
-    } else {
+      release(smem.v_empty[stage_of<kStages>(use)]);
+      ++use;
+    } else if constexpr (!Tr::kQueryInRegisters) {
       __syncwarp();
       release(smem.q_empty[buffer]);
     }
@@ -567,9 +642,9 @@ __global__ void __launch_bounds__(Tr::kThreads, 1)
       mbarrier_init(&smem.q_empty[i], kConsumerWarps);
     }
     for (int i = 0; i < Tr::kStages; ++i) {
-      mbarrier_init(&smem.k_full[i], 1);
+      mbarrier_init(&smem.k_full[i], kProducerWarps);
       mbarrier_init(&smem.k_empty[i], kConsumerWarps);
-      mbarrier_init(&smem.v_full[i], 1);
+      mbarrier_init(&smem.v_full[i], kProducerWarps);
       mbarrier_init(&smem.v_empty[i], kConsumerWarps);
     }
     mbarrier_init_fence();
@@ -578,7 +653,7 @@ __global__ void __launch_bounds__(Tr::kThreads, 1)
 
   if (threadIdx.x < 128) {
     warpgroup_lower_registers<Tr::kProducerRegisters>();
-    if (threadIdx.x < 32) produce<Tr>(p, maps, smem);
+    produce<Tr>(p, maps, smem);
   } else {
     warpgroup_raise_registers<Tr::kConsumerRegisters>();
     consume<Tr>(p, smem);
