@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from make_model import SHAPES, make_model
-
 from server.harness import Server, random_prompts
 
 
@@ -38,7 +37,8 @@ def tolerance(reference: Server) -> float:
     together = reference.generate_all(prompts, new_tokens=24)
     reference.flush()
     alone = [reference.generate(result.sequence, new_tokens=0) for result in together]
-    largest = max(
-        abs(a - b) for one, two in zip(together, alone, strict=True) for a, b in zip(one.logprobs, two.logprobs)
+    return 2 * max(
+        abs(a - b)
+        for one, two in zip(together, alone, strict=True)
+        for a, b in zip(one.logprobs, two.logprobs, strict=True)
     )
-    return 2 * largest
