@@ -1,12 +1,14 @@
 // Merge of split keys and shared prefixes: combines the partial results of each query in the order of merge_rows.
 //
 // Grid: as many warps as the GPU holds, more when a warp would get over 32 (token, query head) items. Block: 4 warps.
-// The lanes of a warp ask in parallel which of its items have partial results, so that a prefill, where almost every tile
-// wrote its output directly, costs a few loads a warp; then the whole warp combines these items, one after the other.
+// The lanes of a warp ask in parallel which of its items have partial results, so that a prefill, where almost every
+// tile wrote its output directly, costs a few loads a warp; then groups of kLanes lanes combine one of these items
+// each: the whole warp in decode, where an item may have many partials, 8 lanes in a prefill, where items have few and
+// are many.
 //
 //   M = max lse_i;  w_i = 2^(lse_i - M);  out = sum(w_i o_i) / sum(w_i);  lse = M + log2(sum(w_i))
 //
-// The order of every sum is that of the plan: equal plans give equal bits.
+// The order of every sum is that of the plan: equal cuts of the keys give equal bits, whatever else is in the batch.
 #include <cuda_runtime.h>
 
 #include "device/math.cuh"
@@ -18,7 +20,8 @@ namespace {
 constexpr int kWarps = 4;
 constexpr int kWarpsPerSm = 64;  // of the GPU's residency
 
-// ------------------------------------------------------------------------------------------------------ the plan's view
+// ------------------------------------------------------------------------------------------------------ the plan's
+// view
 
 struct TileRange {
   int begin, end, first_row;  // partial row of a tile: tile.partial + first_row
@@ -39,31 +42,55 @@ __device__ __forceinline__ bool has_partials(const AttendParams& p, int item) {
   return p.plan.tiles[tiles_of(p, begin, item % p.num_qo_heads).begin].partial >= 0;
 }
 
-// --------------------------------------------------------------------------------------------------------- the reduction
+// --------------------------------------------------------------------------------------------------------- the
+// reduction
 
-// Running sum over partial rows; each lane holds kVectors float4 of the head dimension.
-template <int kHeadDim>
-struct Combination {
-  static constexpr int kVectors = (kHeadDim + 127) / 128;
-  float max = -INFINITY, sum = 0.0f;
-  float4 o[kVectors] = {};
+// Where a partial result lies, and how it weighs.
+struct Partial {
+  int row;
+  float lse;
+};
 
-  static __device__ __forceinline__ int dim(int vector) { return 4 * (threadIdx.x % 32) + 128 * vector; }
+// Calls visit(partial of this lane, how many lanes hold one) for every kLanes partial results of a query, in order.
+template <int kLanes, typename Visit>
+__device__ __forceinline__ void for_each_partial(const AttendParams& p, int token, int head, Visit&& visit) {
+  const int lane = threadIdx.x % kLanes;
+  for (int index = p.plan.merge_indptr[token]; index < p.plan.merge_indptr[token + 1]; ++index) {
+    const TileRange tiles = tiles_of(p, index, head);
+    for (int tile = tiles.begin; tile < tiles.end; tile += kLanes) {
+      Partial partial = {0, -INFINITY};
+      if (tile + lane < tiles.end) {
+        partial.row = p.plan.tiles[tile + lane].partial + tiles.first_row;
+        partial.lse = p.partial_lse[partial.row];
+      }
+      visit(partial, min(tiles.end - tile, kLanes));
+    }
+  }
+}
 
-  // Adds up to 32 partial rows: lane i knows (row, lse) of the i-th, rows beyond `count` are ignored.
-  __device__ __forceinline__ void add(const float* partial_o, int row, float lse, int count) {
-    const float new_max = fmaxf(max, warp_max(lse));
-    if (new_max == -INFINITY) return;  // none of them saw a key
-    const float factor = exp2_fast(max - new_max);
-    max = new_max;
-    sum *= factor;
+// Combines one item with kLanes lanes, each of which holds kVectors float4 of the head dimension. The maximum is known
+// before the sums begin, so their order, and every bit of them, is the same for any kLanes.
+template <typename Element, int kHeadDim, int kLanes>
+__device__ __forceinline__ void combine(const AttendParams& p, int item) {
+  constexpr int kVectors = (kHeadDim + 4 * kLanes - 1) / (4 * kLanes);
+  constexpr int kUnroll = kVectors < 8 ? 8 / kVectors : 1;
+  const int token = item / p.num_qo_heads, head = item % p.num_qo_heads, lane = threadIdx.x % kLanes;
+  const unsigned group = (~0u >> (32 - kLanes)) << (threadIdx.x % 32 - lane);
+
+  float max = -INFINITY;
+  for_each_partial<kLanes>(p, token, head, [&](Partial partial, int) { max = fmaxf(max, partial.lse); });
 #pragma unroll
-    for (float4& x : o) x = make_float4(x.x * factor, x.y * factor, x.z * factor, x.w * factor);
-    const float weight = exp2_fast(lse - new_max);
-#pragma unroll 8
+  for (int step = kLanes / 2; step > 0; step /= 2) max = fmaxf(max, __shfl_xor_sync(group, max, step));
+
+  float sum = 0.0f;
+  float4 o[kVectors] = {};
+  auto dim = [&](int vector) { return 4 * (lane + kLanes * vector); };
+  for_each_partial<kLanes>(p, token, head, [&](Partial partial, int count) {
+    const float weight = max == -INFINITY ? 0.0f : exp2_fast(partial.lse - max);
+#pragma unroll kUnroll
     for (int i = 0; i < count; ++i) {
-      const float w = __shfl_sync(~0u, weight, i);
-      const float* from = partial_o + int64_t{__shfl_sync(~0u, row, i)} * kHeadDim;
+      const float w = __shfl_sync(group, weight, i, kLanes);
+      const float* from = p.partial_o + int64_t{__shfl_sync(group, partial.row, i, kLanes)} * kHeadDim;
       sum += w;
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {
@@ -75,60 +102,43 @@ struct Combination {
         o[v].w += w * x.w;
       }
     }
-  }
+  });
 
- private:
-  static __device__ __forceinline__ float warp_max(float x) {
-#pragma unroll
-    for (int step = 16; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, step));
-    return x;
-  }
-};
-
-template <typename Element, int kHeadDim>
-__device__ __forceinline__ void combine(const AttendParams& p, int item) {
-  const int token = item / p.num_qo_heads, head = item % p.num_qo_heads, lane = threadIdx.x % 32;
-  Combination<kHeadDim> result;
-  for (int index = p.plan.merge_indptr[token]; index < p.plan.merge_indptr[token + 1]; ++index) {
-    const TileRange tiles = tiles_of(p, index, head);
-    for (int tile = tiles.begin; tile < tiles.end; tile += 32) {
-      int row = 0;
-      float lse = -INFINITY;
-      if (tile + lane < tiles.end) {
-        row = p.plan.tiles[tile + lane].partial + tiles.first_row;
-        lse = p.partial_lse[row];
-      }
-      result.add(p.partial_o, row, lse, min(tiles.end - tile, 32));
-    }
-  }
-  const float normalise = result.sum > 0.0f ? 1.0f / result.sum : 0.0f;
+  const float normalise = sum > 0.0f ? 1.0f / sum : 0.0f;
   auto* out = static_cast<Element*>(p.out) + int64_t{item} * kHeadDim;
 #pragma unroll
-  for (int v = 0; v < Combination<kHeadDim>::kVectors; ++v) {
-    const int dim = Combination<kHeadDim>::dim(v);
-    if (dim >= kHeadDim) continue;
-    const float4 x = result.o[v];
-    *reinterpret_cast<uint2*>(out + dim) = make_uint2(pack2<Element>(x.x * normalise, x.y * normalise),
-                                                      pack2<Element>(x.z * normalise, x.w * normalise));
+  for (int v = 0; v < kVectors; ++v) {
+    if (dim(v) >= kHeadDim) continue;
+    *reinterpret_cast<uint2*>(out + dim(v)) = make_uint2(pack2<Element>(o[v].x * normalise, o[v].y * normalise),
+                                                         pack2<Element>(o[v].z * normalise, o[v].w * normalise));
   }
-  if (p.lse != nullptr && lane == 0) p.lse[item] = result.sum > 0.0f ? result.max + log2f(result.sum) : -INFINITY;
+  if (p.lse != nullptr && lane == 0) p.lse[item] = sum > 0.0f ? max + log2f(sum) : -INFINITY;
 }
 
-// ---------------------------------------------------------------------------------------------------------------- kernel
+// ----------------------------------------------------------------------------------------------------------------
+// kernel
 
-template <typename Element, int kHeadDim>
-__global__ void __launch_bounds__(32 * kWarps, 4) merge_kernel(const __grid_constant__ AttendParams p, int items_per_warp) {
+template <typename Element, int kHeadDim, int kLanes>
+__global__ void __launch_bounds__(32 * kWarps, 6)
+    merge_kernel(const __grid_constant__ AttendParams p, int items_per_warp) {
   if (p.plan.counts[kNumPartials] == 0) return;
   const int lane = threadIdx.x % 32;
   const int begin = (blockIdx.x * kWarps + threadIdx.x / 32) * items_per_warp;
   const int end = min(begin + items_per_warp, p.num_tokens * p.num_qo_heads);
-  const bool mine = begin + lane < end && has_partials(p, begin + lane);
-  for (unsigned left = __ballot_sync(~0u, mine); left != 0; left &= left - 1) {
-    combine<Element, kHeadDim>(p, begin + __ffs(left) - 1);
+  unsigned left = __ballot_sync(~0u, begin + lane < end && has_partials(p, begin + lane));
+  while (left != 0) {
+    int mine = 0;  // one more than the bit of this lane's group
+#pragma unroll
+    for (int group = 0; group < 32 / kLanes; ++group) {
+      if (group == lane / kLanes) mine = __ffs(left);
+      left &= left - 1;
+    }
+    if (mine != 0) combine<Element, kHeadDim, kLanes>(p, begin + mine - 1);
   }
 }
 
-// -------------------------------------------------------------------------------------------------------------- launcher
+// --------------------------------------------------------------------------------------------------------------
+// launcher
 
 template <typename Element, int kHeadDim>
 int launch(const AttendParams& p) {
@@ -137,8 +147,8 @@ int launch(const AttendParams& p) {
   const int items_per_resident_warp = (items + p.num_sms * kWarpsPerSm - 1) / (p.num_sms * kWarpsPerSm);
   const int items_per_warp = items_per_resident_warp < 32 ? items_per_resident_warp : 32;
   const int ctas = (items + items_per_warp * kWarps - 1) / (items_per_warp * kWarps);
-  merge_kernel<Element, kHeadDim>
-      <<<ctas, 32 * kWarps, 0, static_cast<cudaStream_t>(p.stream)>>>(p, items_per_warp);
+  const auto kernel = p.decode ? merge_kernel<Element, kHeadDim, 32> : merge_kernel<Element, kHeadDim, 8>;
+  kernel<<<ctas, 32 * kWarps, 0, static_cast<cudaStream_t>(p.stream)>>>(p, items_per_warp);
   return cudaGetLastError();
 }
 

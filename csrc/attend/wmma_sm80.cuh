@@ -1,13 +1,15 @@
 // Attention over a plan with the warp-wide tensor-core instructions of sm_80 (mma.sync), for every GPU since Ampere.
 //
-// Grid: plan.num_ctas persistent CTAs, CTA c takes tiles cta_indptr[c]..cta_indptr[c + 1]. Block: 4 warps, two CTAs an SM.
-// Shared memory: a ring of (K, V) stages filled by cp.async, the addresses of the keys to come, one RowInfo a query, and
-// Q. Rows of K, V and Q are XOR-swizzled in 16-byte chunks so that ldmatrix meets no bank conflict.
+// Grid: plan.num_ctas persistent CTAs, CTA c takes tiles cta_indptr[c]..cta_indptr[c + 1]. Block: 4 warps, two CTAs an
+// SM. Shared memory: a ring of (K, V) stages filled by cp.async, the addresses of the keys to come, one RowInfo a
+// query, and Q. Rows of K, V and Q are XOR-swizzled in 16-byte chunks so that ldmatrix meets no bank conflict.
 //
 //   S = Q K^T;  P = 2^(scale S - m);  O = O 2^(m_old - m) + P V;  l = l 2^(m_old - m) + sum(P);  out = O / l
 //
-// P never leaves the registers: the accumulators of QK^T, packed to 16 bits, are the A operand of PV. Two shapes of tile:
-//   tall   each warp owns 16 * kMTiles packed queries and walks all keys. 32 queries a warp halve the shared-memory reads
+// P never leaves the registers: the accumulators of QK^T, packed to 16 bits, are the A operand of PV. Two shapes of
+// tile:
+//   tall   each warp owns 16 * kMTiles packed queries and walks all keys. 32 queries a warp halve the shared-memory
+//   reads
 //          of K and V for each product, which bound the 16-query form.
 //   short  at most 16 packed queries (decode): all warps hold them, each takes 16 keys of every block, and their
 //          (O, m, l) are merged in shared memory at the end.
@@ -19,444 +21,19 @@
 
 #include <cuda_runtime.h>
 
-#include <bit>
-#include <climits>
-
-#include "device/async_copy.cuh"
-#include "device/math.cuh"
-#include "device/mma_sm80.cuh"
+#include "attend/wmma_sm80_math.cuh"
+#include "attend/wmma_sm80_stream.cuh"
+#include "attend/wmma_sm80_tile.cuh"
 #include "params.h"
 
 namespace flashcore::wmma_sm80 {
-
-// ---------------------------------------------------------------------------------------------------------- traits
-
-constexpr int kWarps = 4;
-constexpr int kThreads = 32 * kWarps;
-constexpr int kShortRows = 16;
-constexpr int kRingBytes = 96 * 1024;  // K and V stages, and Q of a tall tile: two CTAs fit the 227 KB of Hopper
-
-template <typename Element_, int kHeadDim_, int kMTiles_>
-struct Traits {
-  using Element = Element_;
-  static constexpr int kHeadDim = kHeadDim_;
-  static constexpr int kMTiles = kMTiles_;                    // 16-row tiles of a warp in a tall tile
-  static constexpr int kRows = 16 * kMTiles * kWarps;         // packed queries of a tall tile
-  static constexpr int kQBytes = kRows * kHeadDim * 2;
-  static constexpr bool kQInRegisters = kMTiles * kHeadDim <= 128;  // beside O and S they still fit 255
-  // Keys of a block: a tall tile's S must fit the registers beside O; a short tile wants blocks worth their barrier.
-  static constexpr int kTallKeys = kHeadDim <= 128 ? 64 : 32;
-  static constexpr int kShortKeys = kHeadDim <= 64 ? 128 : kTallKeys;
-  static constexpr int kTallStages = (kRingBytes - kQBytes) / (kTallKeys * kHeadDim * 4);
-  static constexpr int kShortStages = kRingBytes / (kShortKeys * kHeadDim * 4);
-  static constexpr int kMaxStreamKeys = kTallStages * kTallKeys > kShortStages * kShortKeys ? kTallStages * kTallKeys
-                                                                                            : kShortStages * kShortKeys;
-  // Short tiles: at least 16 keys a warp; a block with less for each deals the head dimension of V to the other warps.
-  static constexpr int kKeyWarps = kShortKeys / 16 < kWarps ? kShortKeys / 16 : kWarps;
-  static constexpr int kDimWarps = kWarps / kKeyWarps;
-  static_assert(kTallStages >= 2 && kKeyWarps * kDimWarps == kWarps && kHeadDim % 32 == 0 && kRows <= kThreads);
-};
-
-// A [rows, kHeadDim] tile of 16-bit elements in shared memory. Rows of 8n chunks all start in the same bank, so eight
-// chunks trade places; with 12 chunks (96 dims) every other row does, and four suffice.
-template <int kHeadDim>
-struct SwizzledTile {
-  static constexpr int kChunks = kHeadDim / 8;
-  static constexpr int kRowBytes = kHeadDim * 2;
-  static constexpr int kPeriod = kChunks % 8 == 0 ? 8 : 4;
-
-  static __device__ __forceinline__ uint32_t offset(int row, int chunk) {
-    const int mix = kPeriod == 8 ? row & 7 : (row >> 1) & 3;
-    return row * kRowBytes + (chunk ^ mix) * 16;
-  }
-
-  // Deals the chunks of the first kRows rows to the threads: visit(row, chunk). Each thread keeps its chunk, and its rows
-  // lie a constant apart.
-  template <int kRows, typename Visit>
-  static __device__ __forceinline__ void for_each_chunk(Visit&& visit) {
-    constexpr int kPassRows = std::bit_floor(static_cast<unsigned>(kThreads / kChunks));
-    const int row = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
-    if (row >= kPassRows) return;
-#pragma unroll
-    for (int pass = 0; pass < kRows; pass += kPassRows) visit(row + pass, chunk);
-  }
-};
-
-// Where one lane points ldmatrix: at (row, chunk) of a tile, then 8n rows and 16n dims on, both known at compile time.
-// The dims in a period only flip address bits, those that the tile's alignment leaves to the chunk.
-template <int kHeadDim>
-struct FragmentPointer {
-  using Tile = SwizzledTile<kHeadDim>;
-  uint32_t offset;
-
-  __device__ __forceinline__ FragmentPointer(int row, int chunk) : offset(Tile::offset(row, chunk)) {}
-  __device__ __forceinline__ uint32_t at(uint32_t tile, int rows, int dims) const {
-    constexpr int kPeriodBytes = Tile::kPeriod * 16;
-    return ((tile + offset) ^ (2 * dims % kPeriodBytes)) + 2 * dims / kPeriodBytes * kPeriodBytes +
-           rows * Tile::kRowBytes;
-  }
-};
-
-// -------------------------------------------------------------------------------------------------- shared memory plan
-
-template <typename Element>
-struct KeyAddress {
-  const Element* k;  // the key's row of the KV head
-  const Element* v;
-};
-
-// One packed query of a tile.
-struct RowInfo {
-  int64_t q_offset;  // elements from q; -1: padding
-  int32_t position;  // of the token, counted from the row's first key
-  int32_t out_row;   // token * num_qo_heads + head
-};
-
-// A tile and its row. Read one tile ahead: two dependent loads that nobody waits for.
-struct Work {
-  Tile tile;
-  Row row;
-  int kv_head;
-  int num_rows;  // packed queries
-};
-
-template <class Traits>
-struct SharedMemory {
-  alignas(1024) unsigned char ring[kRingBytes];
-  KeyAddress<typename Traits::Element> addresses[Traits::kMaxStreamKeys];  // of one block a stage
-  RowInfo rows[Traits::kRows];
-  Work work[2];  // this tile's and the next one's
-};
-
-// Short tiles leave the accumulators of each warp in the ring; the pad spreads the rows of a fragment over the banks.
-template <class Traits>
-struct WarpResults {
-  static constexpr int kStride = Traits::kHeadDim + 8;
-  float o[Traits::kKeyWarps][kShortRows][kStride];
-  float max[Traits::kKeyWarps][kShortRows];
-  float sum[Traits::kKeyWarps][kShortRows];
-};
-
-// -------------------------------------------------------------------------------------------------------- tile and keys
-
-__device__ __forceinline__ Work read_work(const AttendParams& p, int index) {
-  Work work;
-  work.tile = p.plan.tiles[index];
-  work.row = p.plan.rows[work.tile.pair / p.num_kv_heads];
-  work.kv_head = work.tile.pair % p.num_kv_heads;
-  work.num_rows = work.row.q_count * (p.num_qo_heads / p.num_kv_heads);
-  return work;
-}
-
-__device__ __forceinline__ RowInfo describe_row(const AttendParams& p, const Work& work, int m) {
-  if (m >= work.num_rows) return {-1, 0, 0};
-  const int group = p.num_qo_heads / p.num_kv_heads;
-  const int index = work.row.q_begin + m / group;
-  const int token = work.row.flags & kPacked ? p.plan.row_tokens[index] : index;
-  const int head = work.kv_head * group + m % group;
-  return {token * p.q_stride_token + head * p.q_stride_head, p.plan.positions[token] - work.row.kv_pos,
-          token * p.num_qo_heads + head};
-}
-
-// Keys [first, last] are visible to a query.
-struct Visible {
-  int first, last;
-
-  __device__ __forceinline__ Visible(const AttendParams& p, const Work& work, int position) {
-    first = p.window_left < 0 ? 0 : position - p.window_left;
-    last = min(p.causal ? position : INT_MAX, work.tile.kv_end - 1);
-  }
-};
-
-// What a warp's queries see together: nothing outside `any`, and no mask is needed inside `all`.
-template <int kRows>
-struct WarpVisible {
-  int any_first, any_last, all_first, all_last;
-
-  __device__ __forceinline__ WarpVisible(const AttendParams& p, const Work& work, const RowInfo* rows) {
-    any_first = all_last = INT_MAX;
-    all_first = any_last = INT_MIN;
-    const int lane = threadIdx.x % 32;
-    if (lane < kRows && rows[lane].q_offset >= 0) {
-      const Visible visible(p, work, rows[lane].position);
-      any_first = all_first = visible.first;
-      any_last = all_last = visible.last;
-    }
-    any_first = __reduce_min_sync(~0u, any_first);
-    any_last = __reduce_max_sync(~0u, any_last);
-    all_first = __reduce_max_sync(~0u, all_first);
-    all_last = __reduce_min_sync(~0u, all_last);
-  }
-  __device__ __forceinline__ bool skips(int begin, int end) const { return begin > any_last || end <= any_first; }
-  __device__ __forceinline__ bool masks(int begin, int end) const { return begin < all_first || end - 1 > all_last; }
-};
-
-// Streams the blocks of a tile through the ring: kStages - 1 blocks are on their way while one is computed, and the
-// page of a key is looked up a whole block before its copy is issued.
-template <typename Element, int kHeadDim, int kKeys, int kStages>
-class KeyStream {
-  using Block = SwizzledTile<kHeadDim>;
-  static constexpr int kStageBytes = 2 * kKeys * Block::kRowBytes;
-
- public:
-  static constexpr int kVOffset = kKeys * Block::kRowBytes;  // from K to V of a stage
-
-  // Looks up the first kStages blocks; __syncthreads before start().
-  __device__ __forceinline__ KeyStream(const AttendParams& p, const Work& work, unsigned char* ring,
-                                       KeyAddress<Element>* addresses)
-      : p_(p), begin_(work.tile.kv_begin), end_(work.tile.kv_end), kv_head_(work.kv_head),
-        ring_(shared_address(ring)), addresses_(addresses),
-        pages_(p.plan.kv_indices + work.row.page_begin + int64_t{work.kv_head} * work.row.head_stride) {
-#pragma unroll
-    for (int first = 0; first < kStages * kKeys; first += kThreads) {
-      const int i = first + threadIdx.x, key = begin_ + i;
-      if (i < kStages * kKeys && key < end_) addresses[i] = locate(key, pages_[key / p.page_size]);
-    }
-  }
-
-  // Issues the first copies.
-  __device__ __forceinline__ void start() const {
-#pragma unroll
-    for (int stage = 0; stage < kStages - 1; ++stage) {
-      load(begin_ + stage * kKeys, stage);
-      copy_async_commit();
-    }
-  }
-
-  // Calls compute(first key, K in shared memory) for each block, all threads together.
-  template <typename Compute>
-  __device__ __forceinline__ void for_each_block(Compute&& compute) const {
-    int stage = 0;
-    for (int key = begin_; key < end_; key += kKeys) {
-      copy_async_wait<kStages - 2>();
-      __syncthreads();  // the block has arrived, its addresses are free, and so is the stage before it
-      const int next_key = key + kStages * kKeys + threadIdx.x;
-      const bool has_next = threadIdx.x < kKeys && next_key < end_;
-      int page = 0;
-      if (has_next) page = pages_[next_key / p_.page_size];
-      load(key + (kStages - 1) * kKeys, stage == 0 ? kStages - 1 : stage - 1);
-      copy_async_commit();
-      compute(key, ring_ + stage * kStageBytes);
-      if (has_next) addresses_[stage * kKeys + threadIdx.x] = locate(next_key, page);
-      stage = stage + 1 == kStages ? 0 : stage + 1;
-    }
-  }
-
- private:
-  __device__ __forceinline__ KeyAddress<Element> locate(int key, int page) const {
-    const int64_t token = key % p_.page_size, head = kv_head_;
-    return {static_cast<const Element*>(p_.k) + page * p_.k_stride_page + token * p_.k_stride_token +
-                head * p_.k_stride_head,
-            static_cast<const Element*>(p_.v) + page * p_.v_stride_page + token * p_.v_stride_token +
-                head * p_.v_stride_head};
-  }
-
-  // Keys past the end become zeros: a masked key has weight 0, and 0 * NaN of a stale V would not be 0.
-  __device__ __forceinline__ void load(int key, int stage) const {
-    if (key >= end_) return;
-    const uint32_t block = ring_ + stage * kStageBytes;
-    Block::template for_each_chunk<kKeys>([&](int row, int chunk) {
-      const KeyAddress<Element> address = addresses_[stage * kKeys + row];
-      const uint32_t to = block + Block::offset(row, chunk);
-      const bool valid = key + row < end_;
-      copy_async_16<Block::kRowBytes>(to, valid ? address.k + chunk * 8 : p_.k, valid);
-      copy_async_16<Block::kRowBytes>(to + kVOffset, valid ? address.v + chunk * 8 : p_.v, valid);
-    });
-  }
-
-  const AttendParams& p_;
-  const int begin_, end_, kv_head_;
-  const uint32_t ring_;
-  KeyAddress<Element>* const addresses_;
-  const int32_t* const pages_;
-};
-
-// ------------------------------------------------------------------------------------------------------ online softmax
-
-// O, the running maximum m and this lane's part of the sum l for 16 * kM queries and 8 * kN dims.
-template <int kM, int kN>
-struct Accumulator {
-  // m only follows the true maximum once that is 2^kSlack ahead: P stays below 2^kSlack, exact enough in 16 bits and
-  // far from overflow, and blocks that raise the maximum a little cost no pass over O.
-  static constexpr float kSlack = 8.0f;
-  static constexpr float kLowest = -1e30f;  // finite, so that a query that saw no key yet makes no inf - inf
-
-  float o[kM][kN][4];
-  float max[kM][2], sum[kM][2];
-
-  __device__ __forceinline__ Accumulator() {
-#pragma unroll
-    for (int i = 0; i < kM; ++i) {
-#pragma unroll
-      for (int j = 0; j < kN; ++j) o[i][j][0] = o[i][j][1] = o[i][j][2] = o[i][j][3] = 0.0f;
-      max[i][0] = max[i][1] = kLowest;
-      sum[i][0] = sum[i][1] = 0.0f;
-    }
-  }
-
-  // Turns logits s into weights 2^(scale * s - m) and accounts for them in m, l and O.
-  template <int kS>
-  __device__ __forceinline__ void weigh(float (&s)[kM][kS][4], float scale) {
-    float top[kM][2];
-    bool grows = false;
-#pragma unroll
-    for (int i = 0; i < kM; ++i) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        top[i][r] = fmaxf(s[i][0][2 * r], s[i][0][2 * r + 1]);
-#pragma unroll
-        for (int j = 1; j < kS; ++j) top[i][r] = fmaxf(top[i][r], fmaxf(s[i][j][2 * r], s[i][j][2 * r + 1]));
-        grows |= top[i][r] * scale > max[i][r] + kSlack;
-      }
-    }
-    if (__any_sync(~0u, grows)) rescale(top, scale);
-#pragma unroll
-    for (int i = 0; i < kM; ++i) {
-#pragma unroll
-      for (int j = 0; j < kS; ++j) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          s[i][j][e] = exp2_fast(fmaf(s[i][j][e], scale, -max[i][e / 2]));
-          sum[i][e / 2] += s[i][j][e];
-        }
-      }
-    }
-  }
-
-  // Adds up the lanes that share a row.
-  __device__ __forceinline__ void finish() {
-#pragma unroll
-    for (int i = 0; i < kM; ++i) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        sum[i][r] += __shfl_xor_sync(~0u, sum[i][r], 1);
-        sum[i][r] += __shfl_xor_sync(~0u, sum[i][r], 2);
-      }
-    }
-  }
-
- private:
-  __device__ __forceinline__ void rescale(const float (&top)[kM][2], float scale) {
-#pragma unroll
-    for (int i = 0; i < kM; ++i) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        float row_top = fmaxf(top[i][r], __shfl_xor_sync(~0u, top[i][r], 1));
-        row_top = fmaxf(row_top, __shfl_xor_sync(~0u, row_top, 2));
-        const float new_max = fmaxf(max[i][r], row_top * scale);
-        const float factor = exp2_fast(max[i][r] - new_max);
-        max[i][r] = new_max;
-        sum[i][r] *= factor;
-#pragma unroll
-        for (int j = 0; j < kN; ++j) {
-          o[i][j][2 * r] *= factor;
-          o[i][j][2 * r + 1] *= factor;
-        }
-      }
-    }
-  }
-};
-
-// -------------------------------------------------------------------------------------------------------- matrix products
-
-// S = Q K^T for 16 * kM queries and 8 * kS keys; load_q(q, dim) gives the A operand of 16 dims.
-template <class Traits, int kM, int kS, typename LoadQ>
-__device__ __forceinline__ void multiply_qk(float (&s)[kM][kS][4], LoadQ&& load_q,
-                                            const FragmentPointer<Traits::kHeadDim>& pointer, uint32_t k) {
-#pragma unroll
-  for (int i = 0; i < kM; ++i) {
-#pragma unroll
-    for (int j = 0; j < kS; ++j) s[i][j][0] = s[i][j][1] = s[i][j][2] = s[i][j][3] = 0.0f;
-  }
-#pragma unroll
-  for (int dim = 0; dim < Traits::kHeadDim; dim += 16) {
-    uint32_t q[kM][4];
-    load_q(q, dim);
-#pragma unroll
-    for (int j = 0; j < kS; j += 2) {
-      uint32_t b[4];
-      load_matrix_x4(b, pointer.at(k, 8 * j, dim));
-#pragma unroll
-      for (int i = 0; i < kM; ++i) {
-        mma_m16n8k16<typename Traits::Element>(s[i][j], q[i], b[0], b[1]);
-        mma_m16n8k16<typename Traits::Element>(s[i][j + 1], q[i], b[2], b[3]);
-      }
-    }
-  }
-}
-
-// O += P V for 8 * kS keys and 8 * kN dims.
-template <class Traits, int kM, int kS, int kN>
-__device__ __forceinline__ void multiply_pv(float (&o)[kM][kN][4], const float (&s)[kM][kS][4],
-                                            const FragmentPointer<Traits::kHeadDim>& pointer, uint32_t v) {
-  using Element = typename Traits::Element;
-#pragma unroll
-  for (int j = 0; j < kS; j += 2) {
-    uint32_t weights[kM][4];
-#pragma unroll
-    for (int i = 0; i < kM; ++i) {
-      weights[i][0] = pack2<Element>(s[i][j][0], s[i][j][1]);
-      weights[i][1] = pack2<Element>(s[i][j][2], s[i][j][3]);
-      weights[i][2] = pack2<Element>(s[i][j + 1][0], s[i][j + 1][1]);
-      weights[i][3] = pack2<Element>(s[i][j + 1][2], s[i][j + 1][3]);
-    }
-#pragma unroll
-    for (int n = 0; n < kN; n += 2) {
-      uint32_t b[4];
-      load_matrix_x4_transposed(b, pointer.at(v, 8 * j, 8 * n));
-#pragma unroll
-      for (int i = 0; i < kM; ++i) {
-        mma_m16n8k16<Element>(o[i][n], weights[i], b[0], b[1]);
-        mma_m16n8k16<Element>(o[i][n + 1], weights[i], b[2], b[3]);
-      }
-    }
-  }
-}
-
-// Soft cap and masks: from raw products to what the softmax scales. `rows` are those of the warp, `key` the first key.
-template <int kM, int kS>
-__device__ __forceinline__ void shape_logits(const AttendParams& p, const Work& work, const RowInfo* rows, int key,
-                                             bool masked, float (&s)[kM][kS][4]) {
-  const int lane = threadIdx.x % 32;
-  if (p.logits_soft_cap > 0.0f) {
-    const float inner = p.sm_scale / p.logits_soft_cap;
-#pragma unroll
-    for (int i = 0; i < kM; ++i) {
-#pragma unroll
-      for (int j = 0; j < kS; ++j) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) s[i][j][e] = tanh_exp2(s[i][j][e] * inner);
-      }
-    }
-  }
-  if (!masked) return;
-#pragma unroll
-  for (int i = 0; i < kM; ++i) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const Visible visible(p, work, rows[16 * i + 8 * r + lane / 4].position);
-#pragma unroll
-      for (int j = 0; j < kS; ++j) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int at = key + 8 * j + 2 * (lane % 4) + e;
-          if (at < visible.first || at > visible.last) s[i][j][2 * r + e] = -INFINITY;
-        }
-      }
-    }
-  }
-}
-
-__device__ __forceinline__ float softmax_scale(const AttendParams& p) {
-  return (p.logits_soft_cap > 0.0f ? p.logits_soft_cap : p.sm_scale) * kLog2E;
-}
 
 // ------------------------------------------------------------------------------------------------------------- output
 
 // Stores elements dim, dim + 1 for dim = first, first + step, ... of packed query m; value(i) gives the i-th pair.
 template <class Traits, int kPairs, typename Value>
-__device__ __forceinline__ void store_row(const AttendParams& p, const Work& work, int m, int out_row, int first, int step,
-                                          Value&& value) {
+__device__ __forceinline__ void store_row(const AttendParams& p, const Work& work, int m, int out_row, int first,
+                                          int step, Value&& value) {
   if (work.tile.partial >= 0) {
     float* out = p.partial_o + int64_t{work.tile.partial + m} * Traits::kHeadDim + first;
 #pragma unroll
@@ -515,11 +92,11 @@ __device__ __forceinline__ void attend_tall(const AttendParams& p, const Work& w
   const float scale = softmax_scale(p);
 
   uint32_t q_registers[Traits::kQInRegisters ? kDim / 16 : 1][kM][4];
-  auto load_q = [&](uint32_t(&q)[kM][4], int dim) {
+  auto load_q = [&](uint32_t (&q)[kM][4], int dim) {
 #pragma unroll
     for (int i = 0; i < kM; ++i) load_matrix_x4(q[i], q_pointer.at(q_warp, 16 * i, dim));
   };
-  auto take_q = [&](uint32_t(&q)[kM][4], int dim) {
+  auto take_q = [&](uint32_t (&q)[kM][4], int dim) {
     if constexpr (Traits::kQInRegisters) {
 #pragma unroll
       for (int i = 0; i < kM; ++i) {
@@ -591,7 +168,7 @@ __device__ __forceinline__ void attend_short(const AttendParams& p, const Work& 
       q_registers[i][0][e] = from < 0 ? 0 : q[8 * i + e / 2 * 4 + lane % 4];
     }
   }
-  auto take_q = [&](uint32_t(&q)[1][4], int dim) {
+  auto take_q = [&](uint32_t (&q)[1][4], int dim) {
 #pragma unroll
     for (int e = 0; e < 4; ++e) q[0][e] = q_registers[dim / 16][0][e];
   };

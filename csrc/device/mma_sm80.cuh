@@ -1,4 +1,5 @@
-// The warp-wide tensor-core instructions of sm_80: ldmatrix, movmatrix and mma.m16n8k16, bf16 or fp16 in, fp32 accumulators.
+// The warp-wide tensor-core instructions of sm_80: ldmatrix, movmatrix and mma.m16n8k16, bf16 or fp16 in, fp32
+// accumulators.
 //
 // Fragments of lane l, with r = l / 4 and c = 2 * (l % 4):
 //   A (16 x 16, row major)  a[0] (r, c..c+1)  a[1] (r + 8, c..)  a[2] (r, c + 8..)  a[3] (r + 8, c + 8..)
