@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from plan_oracle import PACKED, Batch, check_plan
 from test_plan import used_parts
 
+from flashcore_sglang import ops, reference, variants
 from flashcore_sglang.planner import Count, Plan, Policy
 
 
@@ -275,3 +276,77 @@ def test_a_captured_plan_follows_the_tables() -> None:
         check_plan(plan, batch)
         for a, b in zip(used_parts(plan, batch), used_parts(batch.plan(), batch), strict=True):
             assert torch.equal(a, b)
+
+
+VARIANTS = ["cpu", *(pytest.param(name, marks=pytest.mark.gpu) for name in ("wmma_sm80", "wgmma_sm90"))]
+
+
+def check_attention(batch: Batch, variant: str) -> None:
+    """Attention over the packed plan against fp64, at most twice as far from it as plain PyTorch in bf16."""
+    device = "cpu" if variant == "cpu" else "cuda"
+    head_dim, heads = 64, batch.num_kv_heads * batch.group
+    if device == "cuda":
+        shape_of_case = variants.Shape(
+            num_qo_heads=heads,
+            num_kv_heads=batch.num_kv_heads,
+            head_dim=head_dim,
+            page_size=batch.page_size,
+            dtype="bf16",
+            phase="decode",
+            features=("lse", "causal"),
+        )
+        if reason := variants.why_not(variants.BY_NAME[variant], shape_of_case, variants.device_of("cuda")):
+            pytest.skip(f"{variant} {reason}")
+    generator = torch.Generator().manual_seed(1)
+    shape = (batch.num_pages, batch.page_size, batch.num_kv_heads, head_dim)
+    q = torch.randn(batch.size, heads, head_dim, generator=generator).bfloat16()
+    k, v = (torch.randn(shape, generator=generator).bfloat16() for _ in range(2))
+    plan = batch.plan(device)
+    assert plan.counts[Count.ROWS_PACKED] > 0
+    partials = plan.capacity.max_partials
+    out = torch.full(q.shape, torch.nan, dtype=q.dtype, device=device)
+    lse = torch.full(q.shape[:2], torch.nan, device=device)
+    ops.attend(
+        q.to(device),
+        k.to(device),
+        v.to(device),
+        plan.tensors(),
+        torch.full((partials, head_dim), torch.nan, device=device),
+        torch.full((partials,), torch.nan, device=device),
+        out,
+        lse,
+        rows_per_tile=batch.rows_per_tile,
+        sm_scale=head_dim**-0.5,
+        causal=True,
+        window_left=-1,
+        logits_soft_cap=0.0,
+        decode=True,
+        variant=variant,
+    )
+    pages = sum(map(len, batch.tables))
+    table = [t.cpu() for t in (plan.qo_indptr, plan.kv_indptr, plan.kv_indices[:pages], plan.last_page_len)]
+    truth, true_lse = reference.paged_attention(q.double(), k.double(), v.double(), *table)
+    plain, _ = reference.paged_attention(q, k, v, *table, dtype=torch.bfloat16)
+    allowed = 2 * (plain.double() - truth).abs().max()
+    assert (out.cpu().double() - truth).abs().max() <= allowed
+    # A sum of head_dim products and one over the keys, in fp32.
+    assert (lse.cpu().double() - true_lse).abs().max() <= head_dim * 2**-23 * true_lse.abs().max()
+
+
+FEW_HEADS = {**HOPPER, "num_kv_heads": 4}
+DOCUMENTS = [Node(1024, [Node(2048, leaves(9, 100)), Node(1024, leaves(18, 65))])]
+ATTENDED: dict[str, Batch] = {
+    "documents": from_tree(DOCUMENTS, 64, **FEW_HEADS),
+    "documents, page 16": from_tree(DOCUMENTS, 16, **FEW_HEADS),
+    "documents, page 1": from_tree(DOCUMENTS, 1, **FEW_HEADS),
+    "group 7": from_tree(DOCUMENTS, 64, **{**FEW_HEADS, "group": 7}),
+    "shared after another prefix": replace(ADVERSARIAL["shared after another prefix"], num_kv_heads=2),
+    "an owner in mid-page": replace(ADVERSARIAL["an owner in mid-page"], num_kv_heads=4),
+    "whole pages to the end": replace(TREES["whole pages to the end"], num_kv_heads=2),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", ATTENDED)
+def test_attention_over_packed_rows(name: str, variant: str) -> None:
+    check_attention(ATTENDED[name], variant)

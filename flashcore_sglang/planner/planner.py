@@ -96,6 +96,7 @@ class Planner:
         self.capacity = capacity
         self.plan = Plan.allocate(capacity, device)
         self._one_token_each = torch.arange(capacity.batch + 1, dtype=torch.int32, device=device)
+        self._holds_one_token_each = False  # whether that is what plan.qo_indptr holds
 
     def begin(
         self,
@@ -193,7 +194,7 @@ class Planner:
                 f"batch: expected at most {self.capacity.batch} requests, got {batch}; plan for a larger batch"
             )
         if qo_indptr is None:
-            qo_indptr, num_tokens = self._one_token_each[: batch + 1], batch
+            num_tokens = batch
         if num_tokens is None:
             raise ValueError("num_tokens: expected qo_indptr[batch] as an int beside qo_indptr, got None; pass it")
         if num_tokens > self.capacity.tokens:
@@ -201,7 +202,11 @@ class Planner:
                 f"num_tokens: expected at most {self.capacity.tokens}, got {num_tokens}; plan for more tokens"
             )
         self.plan.batch = batch
-        self.plan.qo_indptr[: batch + 1].copy_(qo_indptr, non_blocking=True)
+        if qo_indptr is not None:
+            self.plan.qo_indptr[: batch + 1].copy_(qo_indptr, non_blocking=True)
+        elif not self._holds_one_token_each:  # else decode steps follow each other, and nothing is to be written
+            self.plan.qo_indptr.copy_(self._one_token_each)
+        self._holds_one_token_each = qo_indptr is None
         return num_tokens
 
     def _make(self, num_tokens: int, *, decode: bool, causal: bool, window_left: int) -> None:
