@@ -90,7 +90,7 @@ enum class Policy : int32_t { exact = 0, window = 1, topk = 2 };
 // From a CSR page table to rows, tiles and CTA ranges.
 struct PlanParams {
   Plan plan;
-  int32_t* scratch;  // [scratch_size] zeroed once by the caller, left as found
+  int32_t* scratch;  // [scratch_size] zeroed once by the caller, then the planner's own
   int64_t scratch_size;
   int32_t batch, num_tokens;  // num_tokens = qo_indptr[batch], known to the host
   int32_t num_kv_heads, group, page_size, num_pages;
