@@ -127,12 +127,8 @@ class Server:
             return len(list(itertools.islice(lines, after)))
 
     def flush(self) -> None:
-        """Empties the radix cache."""
+        """Empties the radix cache; waits for running requests, and fails where one does not end."""
         self.post("/flush_cache", params={"timeout": 30})
-
-    def wait_until_idle(self) -> None:
-        """Returns when no request is running: of those that were broken off, none is left behind."""
-        self.flush()  # it waits for running requests, and fails where they stay
 
     def tail(self) -> str:
         """The end of the server's log, for people."""
@@ -152,12 +148,30 @@ class Server:
 def deviations(results: Iterable[Result], reference: Server) -> list[float]:
     """|log-probability - the reference's| of every token of `results`, the reference reading each as one prompt."""
     results = list(results)
-    scores = reference.generate_all([result.sequence for result in results], new_tokens=0)
+    with ThreadPoolExecutor(64) as pool:
+        scores = list(
+            pool.map(lambda result: reference.generate(result.sequence, 0, max(result.start - 1, 0)), results)
+        )
     found = []
     for result, score in zip(results, scores, strict=True):
         expected = score.prompt_logprobs[result.start - score.start :]
         found += [abs(a - b) for a, b in zip(result.logprobs, expected, strict=True)]
     return found
+
+
+def spread(reference: Server) -> float:
+    """The largest difference between two runs of the reference, in batches of other compositions.
+
+    In one, prompts are read and continued all at once; in the other, each sequence is read by itself.
+    """
+    together = reference.generate_all(random_prompts((3, 17, 64, 65, 130, 200, 333, 500, 800, 1200), seed=1), 32)
+    reference.flush()
+    alone = [reference.generate(result.sequence, new_tokens=0) for result in together]
+    return max(
+        abs(a - b)
+        for one, two in zip(together, alone, strict=True)
+        for a, b in zip(one.logprobs, two.logprobs, strict=True)
+    )
 
 
 def random_prompts(lengths: Iterable[int], seed: int, prefix: Sequence[int] = ()) -> list[list[int]]:
