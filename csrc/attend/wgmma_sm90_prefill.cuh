@@ -604,14 +604,19 @@ __device__ void consume(const AttendParams& p, Shared<Tr>& smem) {
         wgmma_pin(s);
         release(smem.k_empty[stage_of<kStages>(use + 1)]);
         const bool moved = logits_to_p(begin);
-        wgmma_wait<0>();
-        wgmma_pin(o);
-        wgmma_pin(s);  // packing it any earlier would need a second set of registers for P
-        release(smem.v_empty[stage_of<kStages>(use)]);
+        // The wait stands in both branches, because a branch is what ptxas will not move it across: above the
+        // exponentials it would leave nothing to overlap with P V.
         if (moved) {
+          wgmma_wait<0>();
+          wgmma_pin(o);
 #pragma unroll
           for (int i = 0; i < kHeadDim / 2; ++i) o[i] *= factor[i / 2 % 2];
+        } else {
+          wgmma_wait<0>();
+          wgmma_pin(o);
         }
+        wgmma_pin(s);  // packing it any earlier would need a second set of registers for P
+        release(smem.v_empty[stage_of<kStages>(use)]);
         pack_p();
       }
       if constexpr (!Tr::kQueryInRegisters) release(smem.q_empty[buffer]);
