@@ -60,7 +60,7 @@ def test_streams_of_replayed_graphs(server: Server, fa3: Server, fa3_spread: flo
 
 
 def test_shared_prefix(server: Server, fa3: Server, fa3_spread: float) -> None:
-    prefix = random_prompts((4000,), seed=3)[0]
+    prefix = random_prompts((3600,), seed=3)[0]
     server.generate(prefix, new_tokens=1)
     results = server.generate_all(random_prompts(range(1, 241, 10), 4, prefix), new_tokens=48, start=len(prefix))
     assert max(deviations(results, fa3)) <= fa3_spread
