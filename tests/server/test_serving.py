@@ -101,7 +101,7 @@ def _bench_serving(server: Server, model: Path, output: Path) -> float:
     workload += "--gsp-system-prompt-len 2048 --gsp-question-len 32 --gsp-output-len 64"
     command = [sys.executable, "-m", "sglang.bench_serving", "--backend", "sglang", "--base-url", server.url]
     command += ["--model", str(model), *workload.split(), "--flush-cache", "--disable-tqdm"]
-    command += ["--warmup-requests", "1", "--output-file", str(output)]
+    command += ["--warmup-requests", "0", "--output-file", str(output)]
     done = subprocess.run(command, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads(output.read_text().splitlines()[-1])
