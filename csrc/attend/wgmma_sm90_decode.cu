@@ -1,11 +1,15 @@
-// wgmma_sm90, decode: exact attention of few query tokens a request over a paged KV cache, at the memory limit of Hopper.
+// wgmma_sm90, decode: exact attention of few query tokens a request over a paged KV cache, at the memory limit of
+// Hopper.
 //
 // Method: split-KV flash decoding (FlashDecoding; Stream-K for the cuts) over the planner's flat list of tiles, online
 // softmax in base 2:  m' = max(m, s), l' = l 2^(m - m') + sum 2^(s - m'), O' = O 2^(m - m') + P V;  out = O / l.
 //
-// Grid   plan.num_ctas persistent CTAs; CTA c takes tiles cta_indptr[c] .. cta_indptr[c + 1]. One launch serves tiles of
-//        few packed queries (one request's group) and of many (requests that share pages).
-// Block  256 threads: a warpgroup of consumers; one warp that keeps a ring of KV stages full by TMA, one box a page, and
+// Grid   persistent CTAs, two to an SM. Range r of the plan's num_ctas ranges is tiles cta_indptr[r] .. cta_indptr[r +
+// 1];
+//        CTAs begin with one each and draw the others as they get free. One launch serves tiles of few packed queries
+//        (one request's group) and of many (requests that share pages).
+// Block  256 threads: a warpgroup of consumers; one warp that keeps a ring of KV stages full by TMA, one box a page,
+// and
 //        runs ahead across tiles; one warp that fetches the next tile's queries; two that leave.
 // Shared stages of 64 keys (K and V, 128-byte swizzle: both ldmatrix and wgmma read it as it lands), the queries of one
 //        tile (the consumers take them to registers at once, so one buffer is enough), what is to know of the tile.
@@ -15,6 +19,7 @@
 #include "attend/wgmma_sm90_decode_short.cuh"
 #include "attend/wgmma_sm90_decode_tall.cuh"
 #include "attend/wgmma_sm90_decode_traits.cuh"
+#include "device/dependent_launch.cuh"
 
 namespace flashcore {
 namespace decode90 {
@@ -27,9 +32,9 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm)
   auto& shared = *reinterpret_cast<SharedStorage<Traits>*>(storage);
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
-  const int tile_begin = params.attend.plan.cta_indptr[blockIdx.x];
-  const int tile_end = params.attend.plan.cta_indptr[blockIdx.x + 1];
 
+  allow_dependents();  // the merge gets ready in the slots of the CTAs that end first
+  if (warp == kConsumerWarps + 2) prefetch_plan(params.attend.plan, lane);
   if (threadIdx.x == 0) {
     prefetch_tensor_map(&k_map);
     prefetch_tensor_map(&v_map);
@@ -37,8 +42,12 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm)
       mbarrier_init(&shared.full[i], 1);
       mbarrier_init(&shared.empty[i], kConsumerWarps);
     }
-    mbarrier_init(&shared.q_full, 32 + 1);  // each lane's copies, and the tile's metadata
+    mbarrier_init(&shared.q_full, 1);
     mbarrier_init(&shared.q_empty, kConsumerWarps);
+    for (int i = 0; i < kRangeSlots; ++i) {
+      mbarrier_init(&shared.range_full[i], 1);
+      mbarrier_init(&shared.range_empty[i], 1);
+    }
     mbarrier_init_fence();
   }
   __syncthreads();
@@ -46,16 +55,17 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm)
   if (warp >= kConsumerWarps) {
     warpgroup_lower_registers<56>();
     if (warp == kConsumerWarps) {
-      produce_kv(shared, k_map, v_map, params, tile_begin, tile_end, lane);
+      produce_kv(shared, k_map, v_map, params, lane);
     } else if (warp == kConsumerWarps + 1) {
-      produce_queries(shared, params, tile_begin, tile_end, lane);
+      produce_queries(shared, params, lane);
     }
   } else {
     warpgroup_raise_registers<200>();
     StageRing<Traits> ring;
-    for (int t = tile_begin; t < tile_end; ++t) {
-      mbarrier_wait(&shared.q_full, (t - tile_begin) % 2);
+    for (uint32_t parity = 0;; parity ^= 1) {
+      mbarrier_wait(&shared.q_full, parity);
       const int queries = shared.tile.queries;
+      if (queries == kNoMoreTiles) break;
       if (shared.tile.kv_begin == shared.tile.kv_end) {
         write_empty<Traits>(shared.tile, params.attend, warp, lane);
         release(&shared.q_empty, lane);
@@ -75,11 +85,12 @@ cudaError_t launch(const CUtensorMap& k_map, const CUtensorMap& v_map, const Par
   const auto kernel = attend_decode_kernel<Traits, kCtasPerSm>;
   constexpr int kShared = sizeof(SharedStorage<Traits>);
   static_assert(kCtasPerSm * (kShared + 1024) <= 228 * 1024, "the stages do not fit");
-  static const cudaError_t opt_in =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
+  static const cudaError_t opt_in = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
   if (opt_in != cudaSuccess) return opt_in;
   const AttendParams& p = params.attend;
-  kernel<<<p.plan.num_ctas, kThreads, kShared, static_cast<cudaStream_t>(p.stream)>>>(k_map, v_map, params);
+  const int resident = kCtasPerSm * p.num_sms;
+  const int num_ctas = p.plan.num_ctas < resident ? p.plan.num_ctas : resident;
+  kernel<<<num_ctas, kThreads, kShared, static_cast<cudaStream_t>(p.stream)>>>(k_map, v_map, params);
   return cudaGetLastError();
 }
 
@@ -108,7 +119,10 @@ int run_attend_wgmma_sm90_decode(const AttendParams& p) {
   }
   Params params{};
   params.attend = p;
+  params.next_range = p.plan.counts + kNumCounts - 1;
   params.group = p.num_qo_heads / p.num_kv_heads;
+  const int64_t page_bytes = int64_t{4} * p.page_size * p.num_kv_heads * p.head_dim;  // K and V of all heads
+  params.few_pages = static_cast<int32_t>(kSmallBytes / page_bytes);
   while ((1 << params.page_shift) < p.page_size) ++params.page_shift;
   params.box_tokens = p.page_size < kUnitKeys ? p.page_size : kUnitKeys;
   params.box_slabs = params.box_tokens == kUnitKeys ? p.head_dim / kSlab : 1;
@@ -117,8 +131,8 @@ int run_attend_wgmma_sm90_decode(const AttendParams& p) {
   params.cap_scale = capped ? p.sm_scale / p.logits_soft_cap : 0.0f;
 
   CUtensorMap k_map, v_map;
-  PagedCache cache{p.k,          p.dtype,      p.head_dim,     p.page_size,      p.num_kv_heads,
-                   p.num_pages,  p.k_stride_page, p.k_stride_token, p.k_stride_head};
+  PagedCache cache{p.k,         p.dtype,         p.head_dim,       p.page_size,    p.num_kv_heads,
+                   p.num_pages, p.k_stride_page, p.k_stride_token, p.k_stride_head};
   cudaError_t error = make_cache_map(&k_map, cache, params.box_tokens, params.box_slabs);
   if (error != cudaSuccess) return error;
   cache.base = p.v;

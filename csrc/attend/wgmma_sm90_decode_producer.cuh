@@ -7,6 +7,25 @@
 
 namespace flashcore::decode90 {
 
+// Ranges of tiles are dealt in the order of the plan: the first one by CTA, the others to whoever is free. An SM's
+// share of the bandwidth depends on its neighbours (up to a third more where a GPC has fewer SMs), so equal shares
+// would not end together; and CTAs that stay close together in the plan find each other's shared pages in L2.
+struct RangeDealer {
+  int32_t* tickets;
+  int num_ranges;
+
+  __device__ __forceinline__ int first() const { return blockIdx.x; }
+
+  // The next range, or num_ranges and above when there is none: then the CTA asks no more. One lane calls.
+  __device__ __forceinline__ int next() const {
+    const int num_ctas = gridDim.x;
+    if (num_ctas >= num_ranges) return num_ranges;
+    const int ticket = atomicAdd(tickets, 1);
+    if (ticket == num_ranges - 1) *tickets = 0;  // every CTA has drawn its last: leave it as found
+    return num_ctas + ticket;
+  }
+};
+
 // Page columns [0, columns) of the tiles of a CTA, 32 at a time: lane l holds column first + l of the current window.
 struct PageWindow {
   const int32_t* pages;
@@ -20,9 +39,9 @@ struct PageWindow {
 
 // Loads the keys and values of tiles [tile_begin, tile_end), unit by unit. Lane i issues box i of a unit.
 template <typename Traits>
-__device__ __forceinline__ void produce_kv(SharedStorage<Traits>& shared, const CUtensorMap& k_map,
-                                           const CUtensorMap& v_map, const Params& params, int tile_begin,
-                                           int tile_end, int lane) {
+__device__ __forceinline__ void load_tiles(SharedStorage<Traits>& shared, const CUtensorMap& k_map,
+                                           const CUtensorMap& v_map, const Params& params, int tile_begin, int tile_end,
+                                           StageRing<Traits>& ring, uint64_t l2_policy, int lane) {
   const Plan& plan = params.attend.plan;
   const int page_shift = params.page_shift;
   const int page_size = 1 << page_shift;
@@ -38,7 +57,6 @@ __device__ __forceinline__ void produce_kv(SharedStorage<Traits>& shared, const 
   const CUtensorMap* map = is_v ? &v_map : &k_map;
   const int box_offset = (is_v ? Traits::kOperandBytes : 0) + box_slab * kSlabBytes + box_page * page_size * 128;
 
-  StageRing<Traits> ring;
   for (int base = tile_begin; base < tile_end; base += 32) {
     // One round trip fetches the metadata of 32 tiles; a CTA rarely has more.
     Tile tile{};
@@ -88,7 +106,7 @@ __device__ __forceinline__ void produce_kv(SharedStorage<Traits>& shared, const 
         if (wanted) {
           uint8_t* stage = reinterpret_cast<uint8_t*>(&shared.stages[ring.stage]);
           tma_load_cache(stage + box_offset, map, &shared.full[ring.stage], key & (page_size - 1), box_slab, tile_head,
-                         page, kEvictFirst);
+                         page, l2_policy);
         }
         ring.advance();
       }
@@ -100,14 +118,35 @@ __device__ __forceinline__ void produce_kv(SharedStorage<Traits>& shared, const 
   }
 }
 
-// Loads the queries of each tile and tells the consumers what they need to know of it.
+// The KV warp: draws ranges, passes them on and keeps the ring of stages full.
 template <typename Traits>
-__device__ __forceinline__ void produce_queries(SharedStorage<Traits>& shared, const Params& params, int tile_begin,
-                                                int tile_end, int lane) {
+__device__ __forceinline__ void produce_kv(SharedStorage<Traits>& shared, const CUtensorMap& k_map,
+                                           const CUtensorMap& v_map, const Params& params, int lane) {
+  const Plan& plan = params.attend.plan;
+  const RangeDealer dealer{params.next_range, plan.num_ctas};
+  const uint64_t l2_policy = plan.counts[kPagesRead] < params.few_pages ? kEvictFirst : kEvictNormal;
+  StageRing<Traits> ring;
+  RingCursor<kRangeSlots> slot;
+  int range = dealer.first();
+  while (true) {
+    mbarrier_wait(&shared.range_empty[slot.stage], slot.parity ^ 1);
+    if (lane == 0) shared.ranges[slot.stage] = range;
+    release(&shared.range_full[slot.stage], lane);
+    slot.advance();
+    if (range >= plan.num_ctas) return;
+    load_tiles(shared, k_map, v_map, params, plan.cta_indptr[range], plan.cta_indptr[range + 1], ring, l2_policy, lane);
+    if (lane == 0) range = dealer.next();
+    range = __shfl_sync(~0u, range, 0);
+  }
+}
+
+// Loads the queries of tiles [tile_begin, tile_end) and tells the consumers what they need to know of each.
+template <typename Traits>
+__device__ __forceinline__ void load_queries(SharedStorage<Traits>& shared, const Params& params, int tile_begin,
+                                             int tile_end, uint32_t& parity, int lane) {
   using Element = typename Traits::Element;
   const AttendParams& p = params.attend;
   TileInfo& info = shared.tile;
-  uint32_t parity = 1;
   for (int t = tile_begin; t < tile_end; ++t, parity ^= 1) {
     const Tile tile = p.plan.tiles[t];
     const int row_index = tile.pair / p.num_kv_heads;
@@ -162,12 +201,51 @@ __device__ __forceinline__ void produce_queries(SharedStorage<Traits>& shared, c
       const int m = first + lane / kRowLanes;
       const int64_t offset = __shfl_sync(~0u, first < 32 ? source[0] : source[1], m % 32);
       if (m < queries) {
-        copy_async_16<Traits::kHeadDim * 2>(shared_address(shared.q + swizzled(m, lane % kRowLanes)), q + offset + lane % kRowLanes * 8,
-                      true);
+        copy_async_16<Traits::kHeadDim * 2>(shared_address(shared.q + swizzled(m, lane % kRowLanes)),
+                                            q + offset + lane % kRowLanes * 8, true);
       }
     }
-    mbarrier_arrive_after_cp_async(&shared.q_full);
+    copy_async_commit();
+    copy_async_wait<0>();
+    fence_proxy_async();  // wgmma reads them
     release(&shared.q_full, lane);
+  }
+}
+
+// The query warp: one tile ahead of the consumers.
+template <typename Traits>
+__device__ __forceinline__ void produce_queries(SharedStorage<Traits>& shared, const Params& params, int lane) {
+  const Plan& plan = params.attend.plan;
+  RingCursor<kRangeSlots> slot;
+  uint32_t parity = 1;
+  while (true) {
+    mbarrier_wait(&shared.range_full[slot.stage], slot.parity);
+    const int range = shared.ranges[slot.stage];
+    release(&shared.range_empty[slot.stage], lane);
+    slot.advance();
+    if (range >= plan.num_ctas) break;
+    load_queries(shared, params, plan.cta_indptr[range], plan.cta_indptr[range + 1], parity, lane);
+  }
+  mbarrier_wait(&shared.q_empty, parity);
+  if (lane == 0) shared.tile.queries = kNoMoreTiles;
+  release(&shared.q_full, lane);
+}
+
+// Brings the beginnings of the plan's tables to L2, each CTA a few lines: the KV warp's first loads depend on one
+// another, and where little is to be read their misses would be most of the time.
+__device__ __forceinline__ void prefetch_plan(const Plan& plan, int lane) {
+  constexpr int kLine = 128;
+  const auto prefetch = [&](const void* table, int64_t bytes, int lane_in_table) {
+    const int64_t offset = static_cast<int64_t>(kLine) * (blockIdx.x + gridDim.x * lane_in_table);
+    if (offset < bytes) prefetch_l2(static_cast<const uint8_t*>(table) + offset);
+  };
+  switch (lane / 4) {
+    case 0:
+      return prefetch(plan.tiles, plan.max_tiles * sizeof(Tile), lane % 4);
+    case 1:
+      return prefetch(plan.rows, plan.max_rows * sizeof(Row), lane % 4);
+    case 2:
+      return prefetch(plan.kv_indices, plan.max_pages * sizeof(int32_t), lane % 4);
   }
 }
 

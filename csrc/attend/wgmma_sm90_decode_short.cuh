@@ -156,15 +156,16 @@ __device__ __forceinline__ void consume_short(SharedStorage<Traits>& shared, con
     for (int n = 0; n < kN; ++n) {
       float reference[2];
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        reference[e] = highest[n][e] == -INFINITY ? 0.0f : highest[n][e] * params.softmax_scale;
-      }
+      for (int e = 0; e < 2; ++e) reference[e] = highest[n][e] == -INFINITY ? 0.0f : highest[n][e];
 #pragma unroll
-      for (int e = 0; e < 4; ++e) s[n][e] = exp2_fast(s[n][e] * params.softmax_scale - reference[e % 2]);
+      for (int e = 0; e < 4; ++e) {
+        s[n][e] = exp2_fast(s[n][e] * params.softmax_scale - reference[e % 2] * params.softmax_scale);
+      }
       if (__any_sync(~0u, higher)) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const float decay = exp2_fast(maximum[n][e] * params.softmax_scale - reference[e]);
+          // Exactly 1 for a query whose maximum stays, so that no bit of it depends on the other queries of the warp.
+          const float decay = exp2_fast((maximum[n][e] - reference[e]) * params.softmax_scale);
           maximum[n][e] = highest[n][e];
           sum[n][e] *= decay;
 #pragma unroll

@@ -1,6 +1,6 @@
 // Decode on Hopper, tall tiles (17 to 64 packed queries: requests that share pages): wgmma, one warpgroup.
 //
-//     S (64 queries x 64 keys) = Q K^T with Q in registers,   O (64 x head_dim) += P V with P in registers.
+//     S (64 queries x 64 keys) = Q K^T with Q from shared memory,   O (64 x head_dim) += P V with P in registers.
 // Shared pages come from L2 for all rows but one, so these tiles are bound by arithmetic; the other CTA of the SM keeps
 // the tensor cores busy while this one is in its softmax.
 #pragma once
@@ -24,11 +24,6 @@ __device__ __forceinline__ void consume_tall(SharedStorage<Traits>& shared, cons
   const int pair = lane % 4;
   const int m = 16 * warp + lane / 4;  // this lane's queries: m and m + 8
 
-  uint32_t q[kSteps][4];
-#pragma unroll
-  for (int step = 0; step < kSteps; ++step) {
-    load_matrix_x4(q[step], shared_address(shared.q + swizzled(16 * warp + lane % 16, 2 * step + lane / 16)));
-  }
   const int visible_begin[2] = {shared.tile.visible_begin[m], shared.tile.visible_begin[m + 8]};
   const int visible_end[2] = {shared.tile.visible_end[m], shared.tile.visible_end[m + 8]};
   const int out_row[2] = {shared.tile.out_row[m], shared.tile.out_row[m + 8]};
@@ -36,7 +31,6 @@ __device__ __forceinline__ void consume_tall(SharedStorage<Traits>& shared, cons
   const bool direct = shared.tile.direct;
   const int kv_begin = shared.tile.kv_begin, kv_end = shared.tile.kv_end;
   const int free_begin = shared.tile.free_begin, free_end = shared.tile.free_end;
-  release(&shared.q_empty, lane);
 
   float o[kHeadDim / 2] = {};
   float maximum[2] = {-INFINITY, -INFINITY};
@@ -47,13 +41,14 @@ __device__ __forceinline__ void consume_tall(SharedStorage<Traits>& shared, cons
     mbarrier_wait(&shared.full[ring.stage], ring.parity);
 
     float s[kUnitKeys / 2];
+    const uint64_t q = wgmma_descriptor(shared.q);
     const uint64_t k = wgmma_descriptor(stage.k);
     wgmma_pin(s);
     wgmma_fence();
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      Wgmma<kUnitKeys, Element>::template rs<0>(s, q[step], wgmma_advance(k, step / 4 * kSlabBytes + step % 4 * 32),
-                                                step != 0);
+      const uint32_t advance = step / 4 * kSlabBytes + step % 4 * 32;
+      Wgmma<kUnitKeys, Element>::template ss<0, 0>(s, wgmma_advance(q, advance), wgmma_advance(k, advance), step != 0);
     }
     wgmma_commit();
     wgmma_wait<0>();
@@ -114,11 +109,10 @@ __device__ __forceinline__ void consume_tall(SharedStorage<Traits>& shared, cons
     wgmma_commit();
     wgmma_wait<0>();
     wgmma_pin(o);
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) wgmma_pin(q[step]);
     release(&shared.empty[ring.stage], lane);
     ring.advance();
   }
+  release(&shared.q_empty, lane);
 
 #pragma unroll
   for (int row = 0; row < 2; ++row) {

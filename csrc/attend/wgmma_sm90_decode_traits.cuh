@@ -11,15 +11,21 @@
 
 namespace flashcore::decode90 {
 
-constexpr int kUnitKeys = kSplitUnit;   // keys of a pipeline stage
-constexpr int kMaxQueries = 64;         // packed queries of a tile: M of one wgmma
-constexpr int kConsumerWarps = 4;       // one warpgroup
+constexpr int kUnitKeys = kSplitUnit;  // keys of a pipeline stage
+constexpr int kMaxQueries = 64;        // packed queries of a tile: M of one wgmma
+constexpr int kConsumerWarps = 4;      // one warpgroup
 constexpr int kConsumers = kConsumerWarps * 32;
 constexpr int kThreads = 2 * kConsumers;  // and a warpgroup of producers: KV, queries, two that leave at once
 constexpr int kWarpKeys = kUnitKeys / kConsumerWarps;  // keys of a unit that a consumer warp takes in a short tile
-constexpr int kShortQueries = 16;       // at most this many queries go the mma.sync way
+constexpr int kShortQueries = 16;                      // at most this many queries go the mma.sync way
 constexpr int kSlabBytes = kUnitKeys * 128;
-constexpr int kConsumerBarrier = 1;     // named barrier of the consumer warpgroup
+constexpr int kConsumerBarrier = 1;  // named barrier of the consumer warpgroup
+constexpr int kRangeSlots = 4;       // ranges of tiles that the KV warp may be ahead of the query warp
+
+// Up to this many bytes of KV are read evict-first: they are gone after this launch either way, and so they do not push
+// other kernels' lines out of L2, which costs a write where these are dirty. Where the launch is long that is small,
+// and evict-first lines were seen to be dropped before they were used (3 % slower).
+constexpr int64_t kSmallBytes = int64_t{256} << 20;
 
 template <typename T, int kHeadDim_, int kStages_>
 struct Traits {
@@ -30,9 +36,13 @@ struct Traits {
   static constexpr int kOperandBytes = kSlabs * kSlabBytes;  // K or V of a stage
 };
 
+constexpr int32_t kNoMoreTiles = -1;
+
 struct Params {
   AttendParams attend;
+  int32_t* next_range;  // tickets drawn so far; zero between launches
   int32_t group;
+  int32_t few_pages;    // a plan that reads fewer than this is small
   int32_t page_shift;   // log2(page_size)
   int32_t box_tokens;   // tokens of a TMA box: a page, or a unit of it
   int32_t box_slabs;    // slabs of a TMA box: all where it fills a unit, else one
@@ -42,7 +52,7 @@ struct Params {
 
 // What the consumers must know of a tile, written by the query warp beside the queries themselves.
 struct TileInfo {
-  int32_t queries;
+  int32_t queries;  // kNoMoreTiles: the CTA is done
   int32_t kv_begin, kv_end;
   int32_t direct;                // rows go to out and lse, else to the partials
   int32_t free_begin, free_end;  // keys in here are visible to every query: no mask needed
@@ -74,6 +84,8 @@ struct SharedStorage {
   TileInfo tile;
   Mbarrier full[Traits::kStages], empty[Traits::kStages];
   Mbarrier q_full, q_empty;
+  Mbarrier range_full[kRangeSlots], range_empty[kRangeSlots];
+  int32_t ranges[kRangeSlots];  // from the KV warp, which draws them, to the query warp
 };
 
 template <typename Traits>

@@ -49,9 +49,9 @@ inline cudaError_t make_map(CUtensorMap* map, const void* base, DType dtype, con
   for (int i = 0; i < 4; ++i) bytes[i] = static_cast<cuuint64_t>(strides[i]) * 2;
   const cuuint32_t element_strides[5] = {1, 1, 1, 1, 1};
   const auto type = dtype == DType::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  const CUresult result = encode(map, type, 5, const_cast<void*>(base), sizes, bytes, box, element_strides,
-                                 CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result =
+      encode(map, type, 5, const_cast<void*>(base), sizes, bytes, box, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE,
+             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
@@ -81,6 +81,10 @@ inline cudaError_t make_query_map(CUtensorMap* map, const Queries& q, int box_to
 }
 
 // --- Device ----------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void prefetch_l2(const void* line) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(line) : "memory");
+}
 
 __device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");

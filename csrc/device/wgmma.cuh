@@ -53,13 +53,6 @@ __device__ __forceinline__ void wgmma_pin(float (&registers)[kRegisters]) {
   for (int i = 0; i < kRegisters; ++i) asm volatile("" : "+f"(registers[i])::"memory");
 }
 
-// The same for A operands that live in registers across a loop: ptxas 13.0 has been seen to hand the registers of an
-// operand that the next iteration reads again to another wgmma's operand of the same shape.
-__device__ __forceinline__ void wgmma_pin(uint32_t (&registers)[4]) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) asm volatile("" : "+r"(registers[i])::"memory");
-}
-
 // --- Roles of warpgroups ---------------------------------------------------------------------------------------------
 
 template <int kRegisters>

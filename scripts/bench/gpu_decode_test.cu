@@ -1,8 +1,9 @@
 // Stand-alone check and timing of the Hopper decode kernel: plans on the host, kernel and merge on the GPU, against a
 // double-precision reference. Build (from the repository root):
 //   nvcc -std=c++20 -O3 -gencode arch=compute_90a,code=sm_90a --expt-relaxed-constexpr -cudart static -I csrc
-//        scripts/bench/gpu_decode_test.cu csrc/attend/{wgmma_sm90_decode,merge}.cu csrc/plan/plan_cpu.cpp -o gpu_decode_test
-// Run: gpu_decode_test check [filter] | gpu_decode_test time [filter] [--ctas N]... [--rows N]
+//        scripts/bench/gpu_decode_test.cu csrc/attend/{wgmma_sm90_decode,merge}.cu csrc/plan/plan_cpu.cpp -o
+//        gpu_decode_test
+// Run: gpu_decode_test check [filter] [--repeat N] | gpu_decode_test time [filter] [--ctas N]... [--rows N]
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -22,13 +23,13 @@
 
 using namespace flashcore;
 
-#define CUDA_CHECK(call)                                                                             \
-  do {                                                                                               \
-    const auto error_ = static_cast<cudaError_t>(call);                                              \
-    if (error_ != cudaSuccess) {                                                                     \
-      std::printf("%s:%d %s: %s\n", __FILE__, __LINE__, #call, cudaGetErrorString(error_));          \
-      std::exit(1);                                                                                  \
-    }                                                                                                \
+#define CUDA_CHECK(call)                                                                    \
+  do {                                                                                      \
+    const auto error_ = static_cast<cudaError_t>(call);                                     \
+    if (error_ != cudaSuccess) {                                                            \
+      std::printf("%s:%d %s: %s\n", __FILE__, __LINE__, #call, cudaGetErrorString(error_)); \
+      std::exit(1);                                                                         \
+    }                                                                                       \
   } while (0)
 
 namespace {
@@ -45,8 +46,8 @@ struct Case {
   std::vector<int> kv_lens;
   int num_qo_heads = 32, num_kv_heads = 8, head_dim = 128, page_size = 64;
   DType dtype = DType::bf16;
-  std::vector<int> q_lens = {};      // default: one token a request
-  std::vector<Level> levels = {};    // shared prefixes, outermost first
+  std::vector<int> q_lens = {};    // default: one token a request
+  std::vector<Level> levels = {};  // shared prefixes, outermost first
   int window_left = -1;
   float cap = 0.0f;
   int causal = 1;
@@ -58,6 +59,7 @@ struct Case {
 struct Options {
   int ctas = 264;
   int rows_per_tile = 64;
+  int repeats = 2;  // runs of a check, which must agree bit by bit
 };
 
 // --- Device helpers --------------------------------------------------------------------------------------------------
@@ -145,8 +147,7 @@ __global__ void reference(AttendParams p, const int* token_request, double* scor
     for (int d = 0; d < p.head_dim; ++d) dot += double(float(q[d])) * double(float(k[d]));
     dot *= p.sm_scale;
     if (p.logits_soft_cap > 0) dot = p.logits_soft_cap * tanh(dot / p.logits_soft_cap);
-    const bool visible =
-        (!p.causal || j <= position) && (p.window_left < 0 || j >= position - p.window_left);
+    const bool visible = (!p.causal || j <= position) && (p.window_left < 0 || j >= position - p.window_left);
     s[j] = visible ? dot : -INFINITY;
     maximum = fmax(maximum, s[j]);
   }
@@ -251,10 +252,27 @@ void build(Problem& problem, const Case& c, const Options& options, bool poison)
   std::vector<Tile> tiles(max_tiles);
   std::vector<int> scratch(2 * num_pages + 64 * (batch + 1) + 8 * max_rows + 4096);
   PlanParams pp{};
-  pp.plan = {qo_indptr.data(), kv_indptr.data(), kv_indices.data(), last_page_len.data(), positions.data(), rows.data(),
-             row_tokens.data(), tiles.data(), tile_indptr.data(), cta_indptr.data(), merge_indptr.data(),
-             merge_rows.data(), counts.data(), options.ctas, options.rows_per_tile, int(kv_indices.size()), max_rows,
-             max_row_tokens, max_tiles, max_merge, 1 << 22};
+  pp.plan = {qo_indptr.data(),
+             kv_indptr.data(),
+             kv_indices.data(),
+             last_page_len.data(),
+             positions.data(),
+             rows.data(),
+             row_tokens.data(),
+             tiles.data(),
+             tile_indptr.data(),
+             cta_indptr.data(),
+             merge_indptr.data(),
+             merge_rows.data(),
+             counts.data(),
+             options.ctas,
+             options.rows_per_tile,
+             int(kv_indices.size()),
+             max_rows,
+             max_row_tokens,
+             max_tiles,
+             max_merge,
+             1 << 22};
   pp.scratch = scratch.data();
   pp.scratch_size = scratch.size();
   pp.batch = batch;
@@ -358,16 +376,18 @@ bool check(const Case& c, const Options& options) {
   build(problem, c, options, true);
   AttendParams& p = problem.params;
   const int64_t items = int64_t{p.num_tokens} * p.num_qo_heads, count = items * p.head_dim;
-  std::vector<uint16_t> out[2] = {std::vector<uint16_t>(count), std::vector<uint16_t>(count)};
+  std::vector<uint16_t> out(count), again(count);
   std::vector<float> lse(items);
-  for (auto& result : out) {
+  bool same = true;
+  for (int run = 0; run < options.repeats; ++run) {
     CUDA_CHECK(cudaMemset(p.out, 0xFF, count * 2));
     CUDA_CHECK(cudaMemset(p.lse, 0xFF, items * 4));
     CUDA_CHECK(cudaMemset(p.partial_o, 0xFF, int64_t{p.plan.max_partials} * p.head_dim * 4));
     CUDA_CHECK(cudaMemset(p.partial_lse, 0xFF, int64_t{p.plan.max_partials} * 4));
     attend(p);
     CUDA_CHECK(cudaDeviceSynchronize());
-    CUDA_CHECK(cudaMemcpy(result.data(), p.out, count * 2, cudaMemcpyDeviceToHost));
+    CUDA_CHECK(cudaMemcpy(run == 0 ? out.data() : again.data(), p.out, count * 2, cudaMemcpyDeviceToHost));
+    same &= run == 0 || out == again;
   }
   CUDA_CHECK(cudaMemcpy(lse.data(), p.lse, items * 4, cudaMemcpyDeviceToHost));
 
@@ -391,7 +411,7 @@ bool check(const Case& c, const Options& options) {
   double error = 0.0, norm = 0.0, worst_lse = 0.0;
   bool finite = true;
   for (int64_t i = 0; i < count; ++i) {
-    const double x = element(out[0][i], c.dtype);
+    const double x = element(out[i], c.dtype);
     finite &= std::isfinite(x);
     error += (x - expected[i]) * (x - expected[i]);
     norm += expected[i] * expected[i];
@@ -401,7 +421,6 @@ bool check(const Case& c, const Options& options) {
     worst_lse = std::max(worst_lse, std::abs(lse[i] - expected_lse[i]));
   }
   const double relative = std::sqrt(error / std::max(norm, 1e-30));
-  const bool same = out[0] == out[1];
   const bool good = finite && same && relative < unit && worst_lse < 1e-3;
   std::printf("%-52s rows %4d tiles %5d packed %3d  error %.2e lse %.1e %s%s%s\n", c.name.c_str(),
               problem.counts[kNumRows], problem.counts[kNumTiles], problem.counts[kRowsPacked], relative, worst_lse,
@@ -450,13 +469,13 @@ std::vector<Case> check_cases() {
                    .dtype = DType::fp16,
                    .levels = {{12, 2048}}});
   cases.push_back({.name = "soft cap", .kv_lens = ragged, .cap = 2.0f});
-  cases.push_back({.name = "soft cap share", .kv_lens = std::vector<int>(12, 2100), .levels = {{12, 2048}}, .cap = 30.0f});
+  cases.push_back(
+      {.name = "soft cap share", .kv_lens = std::vector<int>(12, 2100), .levels = {{12, 2048}}, .cap = 30.0f});
   cases.push_back({.name = "window 100", .kv_lens = ragged, .window_left = 100});
   cases.push_back({.name = "window 0", .kv_lens = ragged, .window_left = 0});
   cases.push_back({.name = "window 700 page 128", .kv_lens = ragged, .page_size = 128, .window_left = 700});
-  cases.push_back({.name = "several query tokens",
-                   .kv_lens = {5, 100, 777, 1000, 64, 2000},
-                   .q_lens = {5, 3, 16, 40, 1, 2}});
+  cases.push_back(
+      {.name = "several query tokens", .kv_lens = {5, 100, 777, 1000, 64, 2000}, .q_lens = {5, 3, 16, 40, 1, 2}});
   cases.push_back({.name = "several query tokens, window",
                    .kv_lens = {5, 100, 777, 1000, 64, 2000},
                    .q_lens = {5, 3, 16, 40, 1, 2},
@@ -529,10 +548,20 @@ std::vector<Timed> time_cases() {
     return Timed{c, peer, bar};
   };
   std::vector<Timed> cases = {
-      dense(1, 1024, 14.4, 0.83), dense(1, 2048, 0, 0.83), dense(1, 8192, 25.2, 0.83), dense(1, 32768, 51.0, 0.83),
-      dense(1, 131072, 142, 1.03), dense(2, 8192, 0, 0.83), dense(4, 8192, 0, 0.83), dense(8, 1024, 22.9, 0.83),
-      dense(8, 8192, 80.7, 0.88), dense(8, 32768, 259, 0.83), dense(8, 131072, 991, 1.03),
-      dense(16, 131072, 1946, 1.0), dense(64, 1024, 84.8, 0.88), dense(64, 8192, 504, 1.03),
+      dense(1, 1024, 14.4, 0.83),
+      dense(1, 2048, 0, 0.83),
+      dense(1, 8192, 25.2, 0.83),
+      dense(1, 32768, 51.0, 0.83),
+      dense(1, 131072, 142, 1.03),
+      dense(2, 8192, 0, 0.83),
+      dense(4, 8192, 0, 0.83),
+      dense(8, 1024, 22.9, 0.83),
+      dense(8, 8192, 80.7, 0.88),
+      dense(8, 32768, 259, 0.83),
+      dense(8, 131072, 991, 1.03),
+      dense(16, 131072, 1946, 1.0),
+      dense(64, 1024, 84.8, 0.88),
+      dense(64, 8192, 504, 1.03),
       dense(256, 2048, 505, 1.03),
       dense(1, 8192, 14.6, 1.0, {.name = " 8q/1kv", .num_qo_heads = 8, .num_kv_heads = 1}),
       dense(16, 8192, 33.9, 1.0, {.name = " 8q/1kv", .num_qo_heads = 8, .num_kv_heads = 1}),
@@ -566,12 +595,12 @@ void time_case(const Timed& timed, const Options& options, void* flush, size_t f
   p.stream = cudaStreamPerThread;
   const int repeats = 15;
   const double both = time_graph([&] { attend(p); }, flush, flush_bytes, repeats);
-  const double alone =
-      time_graph([&] { CUDA_CHECK(run_attend_wgmma_sm90_decode(p)); }, flush, flush_bytes, repeats);
+  const double alone = time_graph([&] { CUDA_CHECK(run_attend_wgmma_sm90_decode(p)); }, flush, flush_bytes, repeats);
   const double floor = problem.unique_bytes / 4.3e6;
   std::printf("%-34s ctas %3d rows %2d  %8.1f us (attend %8.1f)  %5.2f TB/s  floor %7.1f", timed.c.name.c_str(),
               options.ctas, options.rows_per_tile, both, alone, problem.unique_bytes / both * 1e-6, floor);
-  if (timed.peer_us > 0) std::printf("  peer %7.1f ratio %.2f (bar %.2f)", timed.peer_us, both / timed.peer_us, timed.bar);
+  if (timed.peer_us > 0)
+    std::printf("  peer %7.1f ratio %.2f (bar %.2f)", timed.peer_us, both / timed.peer_us, timed.bar);
   std::printf("  tiles %d partials %d\n", problem.counts[kNumTiles], problem.counts[kNumPartials]);
   std::fflush(stdout);
 }
@@ -588,6 +617,8 @@ int main(int argc, char** argv) {
       ctas.push_back(std::atoi(argv[++i]));
     } else if (!std::strcmp(argv[i], "--rows")) {
       options.rows_per_tile = std::atoi(argv[++i]);
+    } else if (!std::strcmp(argv[i], "--repeat")) {
+      options.repeats = std::atoi(argv[++i]);
     } else {
       filter = argv[i];
     }

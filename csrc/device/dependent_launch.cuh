@@ -1,0 +1,41 @@
+// Programmatic dependent launch (sm_90): a kernel that begins while the one before it in the stream still runs.
+//
+// The second kernel is launched with kDependentLaunch; the first lets it begin by allow_dependents(), and whatever the
+// second does before wait_for_primary() overlaps with the first. Every thread of the second must wait, even one that
+// has nothing to do: the kernel after it relies on both being over.
+#pragma once
+
+#include <cuda_runtime.h>
+
+namespace flashcore {
+
+__device__ __forceinline__ void allow_dependents() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// All of the first kernel's writes are visible on return.
+__device__ __forceinline__ void wait_for_primary() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Launches kernel<<<ctas, threads, 0, stream>>>(arguments...) so that it may begin before its predecessor ends.
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch_dependent(void (*kernel)(Parameters...), int ctas, int threads, cudaStream_t stream,
+                             const Arguments&... arguments) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(ctas);
+  config.blockDim = dim3(threads);
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
+}
+
+}  // namespace flashcore
