@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.test.kits.attention_unittest.attention_methods import dense_attention as kit
 
 from flashcore_sglang.plugin import BACKEND, register
+from flashcore_sglang.refusals import UnsupportedFeatureError
 
 # The kit's tolerance is made for half precision; in fp32 both sides compute the same sums in another order.
 FP32_TOLERANCE = 1e-5
@@ -95,3 +97,50 @@ def test_batches_that_outgrow_the_first_buffers() -> None:
             atol=FP32_TOLERANCE,
             rtol=FP32_TOLERANCE,
         )
+
+
+def padded(tensor: torch.Tensor, size: int, value: int = 0) -> torch.Tensor:
+    return torch.nn.functional.pad(tensor, (0, size - tensor.shape[0]), value=value)
+
+
+@pytest.mark.parametrize("size", [3, 4, 8])
+def test_padded_batch_on_the_way_of_a_graph(size: int) -> None:
+    """What a decode graph runs, without the graph: static buffers, and rows behind the batch that read one key."""
+    case = kit.DenseAttentionCase(
+        name="padded",
+        backend=BACKEND,
+        forward_mode=ForwardMode.DECODE,
+        num_heads=8,
+        num_kv_heads=2,
+        page_size=16,
+        prefix_lens=(14, 15, 40),
+    )
+    fixture = kit.build_dense_attention_fixture(
+        Testcase(), case, head_dim=64, max_context_len=CONTEXT, dtype=torch.float32, device="cpu"
+    )
+    backend, batch = fixture.backend, fixture.forward_batch
+    backend.init_cuda_graph_state(8, 8)
+    # SGLang's view of a replay has these fields only.
+    view = SimpleNamespace(
+        forward_mode=batch.forward_mode,
+        req_pool_indices=padded(batch.req_pool_indices, size),
+        seq_lens=padded(batch.seq_lens, size, backend.get_cuda_graph_seq_len_fill_value()),
+        seq_lens_cpu=None,
+    )
+    backend.init_forward_metadata_out_graph(view)
+    backend.init_forward_metadata_in_graph(view)
+    batch.out_cache_loc = padded(batch.out_cache_loc, size)
+    hidden = torch.cat([fixture.input_hidden, torch.zeros(size - 3, fixture.input_hidden.shape[1])])
+    with kit.forward_context(kit.ForwardContext(attn_backend=backend)):
+        out = fixture.actual_module(hidden, batch)
+    assert out.isfinite().all()
+    expected = kit.expected_dense_fixture_output(fixture)
+    torch.testing.assert_close(out[:3], expected, atol=FP32_TOLERANCE, rtol=FP32_TOLERANCE)
+
+
+def test_other_graphs_than_decode_are_refused() -> None:
+    fixture = kit.build_dense_attention_fixture(
+        Testcase(), kit.make_dense_cases(BACKEND)[0], head_dim=64, dtype=torch.float32, device="cpu"
+    )
+    with pytest.raises(UnsupportedFeatureError, match="captures decode graphs only, got EXTEND: use --cuda-graph"):
+        fixture.backend.init_forward_metadata_out_graph(fixture.forward_batch)
