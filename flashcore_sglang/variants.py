@@ -89,7 +89,10 @@ VARIANTS = (
         device="cuda",
         min_sm=(8, 0),
         dtypes=("bf16", "fp16"),
-        decode=dict.fromkeys((64, 96, 128, 256), Tiling(rows_per_tile=64, ctas_per_sm=2)),
+        decode={
+            64: Tiling(rows_per_tile=64, ctas_per_sm=3),
+            **dict.fromkeys((96, 128, 256), Tiling(rows_per_tile=64, ctas_per_sm=2)),
+        },
         prefill={
             64: Tiling(rows_per_tile=128, ctas_per_sm=3),
             96: Tiling(rows_per_tile=128, ctas_per_sm=2),

@@ -5,12 +5,15 @@
 // tile wrote its output directly, costs a few loads a warp; then groups of kLanes lanes combine one of these items
 // each: the whole warp in decode, where an item may have many partials, 8 lanes in a prefill, where items have few and
 // are many.
+// The questions are about the plan alone: on Hopper they are asked while the attention kernel still runs.
 //
 //   M = max lse_i;  w_i = 2^(lse_i - M);  out = sum(w_i o_i) / sum(w_i);  lse = M + log2(sum(w_i))
 //
 // The order of every sum is that of the plan: equal cuts of the keys give equal bits, whatever else is in the batch.
 #include <cuda_runtime.h>
 
+#include "attend/merge_decode.h"
+#include "device/dependent_launch.cuh"
 #include "device/math.cuh"
 #include "params.h"
 
@@ -20,8 +23,7 @@ namespace {
 constexpr int kWarps = 4;
 constexpr int kWarpsPerSm = 64;  // of the GPU's residency
 
-// ------------------------------------------------------------------------------------------------------ the plan's
-// view
+// ----------------------------------------------------------------------------- what is in the plan
 
 struct TileRange {
   int begin, end, first_row;  // partial row of a tile: tile.partial + first_row
@@ -42,8 +44,7 @@ __device__ __forceinline__ bool has_partials(const AttendParams& p, int item) {
   return p.plan.tiles[tiles_of(p, begin, item % p.num_qo_heads).begin].partial >= 0;
 }
 
-// --------------------------------------------------------------------------------------------------------- the
-// reduction
+// --------------------------------------------------------------------------------------- reduction
 
 // Where a partial result lies, and how it weighs.
 struct Partial {
@@ -115,17 +116,17 @@ __device__ __forceinline__ void combine(const AttendParams& p, int item) {
   if (p.lse != nullptr && lane == 0) p.lse[item] = sum > 0.0f ? max + log2f(sum) : -INFINITY;
 }
 
-// ----------------------------------------------------------------------------------------------------------------
-// kernel
+// ------------------------------------------------------------------------------------------ kernel
 
 template <typename Element, int kHeadDim, int kLanes>
 __global__ void __launch_bounds__(32 * kWarps, 6)
     merge_kernel(const __grid_constant__ AttendParams p, int items_per_warp) {
-  if (p.plan.counts[kNumPartials] == 0) return;
   const int lane = threadIdx.x % 32;
   const int begin = (blockIdx.x * kWarps + threadIdx.x / 32) * items_per_warp;
   const int end = min(begin + items_per_warp, p.num_tokens * p.num_qo_heads);
-  unsigned left = __ballot_sync(~0u, begin + lane < end && has_partials(p, begin + lane));
+  const bool mergeable = p.plan.counts[kNumPartials] > 0 && begin + lane < end;
+  unsigned left = __ballot_sync(~0u, mergeable && has_partials(p, begin + lane));
+  wait_for_primary();
   while (left != 0) {
     int mine = 0;  // one more than the bit of this lane's group
 #pragma unroll
@@ -137,8 +138,7 @@ __global__ void __launch_bounds__(32 * kWarps, 6)
   }
 }
 
-// --------------------------------------------------------------------------------------------------------------
-// launcher
+// ---------------------------------------------------------------------------------------- launcher
 
 template <typename Element, int kHeadDim>
 int launch(const AttendParams& p) {
@@ -148,8 +148,8 @@ int launch(const AttendParams& p) {
   const int items_per_warp = items_per_resident_warp < 32 ? items_per_resident_warp : 32;
   const int ctas = (items + items_per_warp * kWarps - 1) / (items_per_warp * kWarps);
   const auto kernel = p.decode ? merge_kernel<Element, kHeadDim, 32> : merge_kernel<Element, kHeadDim, 8>;
-  kernel<<<ctas, 32 * kWarps, 0, static_cast<cudaStream_t>(p.stream)>>>(p, items_per_warp);
-  return cudaGetLastError();
+  const auto stream = static_cast<cudaStream_t>(p.stream);
+  return launch_dependent(kernel, ctas, 32 * kWarps, stream, p, items_per_warp);
 }
 
 template <typename Element>
@@ -170,6 +170,7 @@ int launch_head_dim(const AttendParams& p) {
 }  // namespace
 
 int run_merge_cuda(const AttendParams& p) {
+  if (p.decode && can_merge_decode(p)) return run_merge_decode_cuda(p);
   if (p.dtype == DType::bf16) return launch_head_dim<__nv_bfloat16>(p);
   if (p.dtype == DType::fp16) return launch_head_dim<__half>(p);
   return cudaErrorInvalidValue;

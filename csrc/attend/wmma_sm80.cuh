@@ -1,18 +1,18 @@
 // Attention over a plan with the warp-wide tensor-core instructions of sm_80 (mma.sync), for every GPU since Ampere.
 //
-// Grid: plan.num_ctas persistent CTAs, CTA c takes tiles cta_indptr[c]..cta_indptr[c + 1]. Block: 4 warps, two CTAs an
-// SM. Shared memory: a ring of (K, V) stages filled by cp.async, the addresses of the keys to come, one RowInfo a
-// query, and Q. Rows of K, V and Q are XOR-swizzled in 16-byte chunks so that ldmatrix meets no bank conflict.
+// Grid: plan.num_ctas persistent CTAs, CTA c takes tiles cta_indptr[c]..cta_indptr[c + 1]. Block: 4 warps, two to three
+// CTAs an SM. Shared memory: a ring of (K, V) stages filled by cp.async, the addresses of the keys to come, one RowInfo
+// a query, and Q. Rows of K, V and Q are XOR-swizzled in 16-byte chunks so that ldmatrix meets no bank conflict.
 //
 //   S = Q K^T;  P = 2^(scale S - m);  O = O 2^(m_old - m) + P V;  l = l 2^(m_old - m) + sum(P);  out = O / l
 //
-// P never leaves the registers: the accumulators of QK^T, packed to 16 bits, are the A operand of PV. Two shapes of
-// tile:
-//   tall   each warp owns 16 * kMTiles packed queries and walks all keys. 32 queries a warp halve the shared-memory
-//   reads
-//          of K and V for each product, which bound the 16-query form.
-//   short  at most 16 packed queries (decode): all warps hold them, each takes 16 keys of every block, and their
-//          (O, m, l) are merged in shared memory at the end.
+// P never leaves the registers: the accumulators of QK^T, packed to 16 bits, are the A operand of PV. There are two
+// shapes of tile:
+//   tall   Each warp owns 16 * kMTiles packed queries and walks all keys. With 32 queries a warp, a product reads half
+//          as much of K and V from shared memory as with 16, where that bounds the kernel.
+//   short  At most 16 packed queries (decode): all warps hold them, each takes its share of the keys of every block,
+//          and their (O, m, l) are merged in shared memory at the end.
+//
 // Keys are found through an address table in shared memory, written one block ahead of the copies that read it, so
 // page sizes differ in nothing but the contents of that table.
 //
@@ -24,11 +24,12 @@
 #include "attend/wmma_sm80_math.cuh"
 #include "attend/wmma_sm80_stream.cuh"
 #include "attend/wmma_sm80_tile.cuh"
+#include "device/dependent_launch.cuh"
 #include "params.h"
 
 namespace flashcore::wmma_sm80 {
 
-// ------------------------------------------------------------------------------------------------------------- output
+// ------------------------------------------------------------------------------------------ output
 
 // Stores elements dim, dim + 1 for dim = first, first + step, ... of packed query m; value(i) gives the i-th pair.
 template <class Traits, int kPairs, typename Value>
@@ -59,7 +60,7 @@ __device__ __forceinline__ void store_lse(const AttendParams& p, const Work& wor
   }
 }
 
-// ------------------------------------------------------------------------------------------------------------- kernel
+// ------------------------------------------------------------------------------------------ kernel
 
 template <class Traits>
 __device__ __forceinline__ void attend_tall(const AttendParams& p, const Work& work, SharedMemory<Traits>& shared,
@@ -73,7 +74,7 @@ __device__ __forceinline__ void attend_tall(const AttendParams& p, const Work& w
   if (threadIdx.x < Traits::kRows) shared.rows[threadIdx.x] = describe_row(p, work, threadIdx.x);
   __syncthreads();
 
-  const uint32_t q_tile = shared_address(shared.ring) + kRingBytes - Traits::kQBytes;
+  const uint32_t q_tile = shared_address(shared.ring) + Traits::kRingBytes - Traits::kQBytes;
   if (work.tile.kv_begin < work.tile.kv_end) {  // Q travels with the first block
     SwizzledTile<kDim>::template for_each_chunk<Traits::kRows>([&](int row, int chunk) {
       const int64_t from = shared.rows[row].q_offset;
@@ -191,7 +192,7 @@ __device__ __forceinline__ void attend_short(const AttendParams& p, const Work& 
 
   result.finish();
   auto& results = *reinterpret_cast<WarpResults<Traits>*>(shared.ring);
-  static_assert(sizeof(results) <= kRingBytes);
+  static_assert(sizeof(results) <= Traits::kRingBytes);
   __syncthreads();  // every warp is done with the ring
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -236,9 +237,10 @@ __device__ __forceinline__ void attend_short(const AttendParams& p, const Work& 
 }
 
 template <class Traits>
-__global__ void __launch_bounds__(kThreads, 2) attend_kernel(const __grid_constant__ AttendParams p) {
+__global__ void __launch_bounds__(kThreads, Traits::kCtasPerSm) attend_kernel(const __grid_constant__ AttendParams p) {
   extern __shared__ __align__(1024) unsigned char memory[];
   auto& shared = *reinterpret_cast<SharedMemory<Traits>*>(memory);
+  allow_dependents();  // the merge reads the plan while the last tiles run
   int index = p.plan.cta_indptr[blockIdx.x];
   const int end = p.plan.cta_indptr[blockIdx.x + 1];
   if (threadIdx.x == 0 && index < end) shared.work[index % 2] = read_work(p, index);
@@ -254,7 +256,7 @@ __global__ void __launch_bounds__(kThreads, 2) attend_kernel(const __grid_consta
   }
 }
 
-// ----------------------------------------------------------------------------------------------------------- launcher
+// ---------------------------------------------------------------------------------------- launcher
 
 template <class Traits>
 int launch(const AttendParams& p) {

@@ -7,8 +7,7 @@
 
 namespace flashcore::wmma_sm80 {
 
-// -------------------------------------------------------------------------------------------------------- matrix
-// products
+// --------------------------------------------------------------------------------- matrix products
 
 // S = Q K^T for 16 * kM queries and 8 * kS keys; load_q(q, dim) gives the A operand of 16 dims.
 template <class Traits, int kM, int kS, typename LoadQ>
@@ -102,7 +101,7 @@ __device__ __forceinline__ float softmax_scale(const AttendParams& p) {
   return (p.logits_soft_cap > 0.0f ? p.logits_soft_cap : p.sm_scale) * kLog2E;
 }
 
-// ------------------------------------------------------------------------------------------------------ online softmax
+// ---------------------------------------------------------------------------------- online softmax
 
 // O, the running maximum m and this lane's part of the sum l for 16 * kM queries and 8 * kN dims.
 template <int kM, int kN>

@@ -20,16 +20,15 @@ class KeyStream {
   __device__ __forceinline__ KeyStream(const AttendParams& p, const Work& work, unsigned char* ring,
                                        KeyAddress<Element>* addresses)
       : p_(p),
+        work_(work),
         begin_(work.tile.kv_begin),
         end_(work.tile.kv_end),
-        kv_head_(work.kv_head),
         ring_(shared_address(ring)),
-        addresses_(addresses),
-        pages_(p.plan.kv_indices + work.row.page_begin + int64_t{work.kv_head} * work.row.head_stride) {
+        addresses_(addresses) {
 #pragma unroll
     for (int first = 0; first < kStages * kKeys; first += kThreads) {
       const int i = first + threadIdx.x, key = begin_ + i;
-      if (i < kStages * kKeys && key < end_) addresses[i] = locate(key, pages_[key / p.page_size]);
+      if (i < kStages * kKeys && key < end_) addresses[i] = locate(key, work.pages[key / p.page_size]);
     }
   }
 
@@ -52,7 +51,7 @@ class KeyStream {
       const int next_key = key + kStages * kKeys + threadIdx.x;
       const bool has_next = threadIdx.x < kKeys && next_key < end_;
       int page = 0;
-      if (has_next) page = pages_[next_key / p_.page_size];
+      if (has_next) page = work_.pages[next_key / p_.page_size];
       load(key + (kStages - 1) * kKeys, stage == 0 ? kStages - 1 : stage - 1);
       copy_async_commit();
       compute(key, ring_ + stage * kStageBytes);
@@ -63,7 +62,7 @@ class KeyStream {
 
  private:
   __device__ __forceinline__ KeyAddress<Element> locate(int key, int page) const {
-    const int64_t token = key % p_.page_size, head = kv_head_;
+    const int64_t token = key % p_.page_size, head = work_.kv_head;
     return {static_cast<const Element*>(p_.k) + page * p_.k_stride_page + token * p_.k_stride_token +
                 head * p_.k_stride_head,
             static_cast<const Element*>(p_.v) + page * p_.v_stride_page + token * p_.v_stride_token +
@@ -84,10 +83,10 @@ class KeyStream {
   }
 
   const AttendParams& p_;
-  const int begin_, end_, kv_head_;
+  const Work& work_;
+  const int begin_, end_;
   const uint32_t ring_;
   KeyAddress<Element>* const addresses_;
-  const int32_t* const pages_;
 };
 
 }  // namespace flashcore::wmma_sm80

@@ -10,12 +10,11 @@
 
 namespace flashcore::wmma_sm80 {
 
-// ---------------------------------------------------------------------------------------------------------- traits
+// ------------------------------------------------------------------------------------------ traits
 
 constexpr int kWarps = 4;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kShortRows = 16;
-constexpr int kRingBytes = 96 * 1024;  // K and V stages, and Q of a tall tile: two CTAs fit the 227 KB of Hopper
 
 template <typename Element_, int kHeadDim_, int kMTiles_>
 struct Traits {
@@ -23,8 +22,11 @@ struct Traits {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kMTiles = kMTiles_;             // 16-row tiles of a warp in a tall tile
   static constexpr int kRows = 16 * kMTiles * kWarps;  // packed queries of a tall tile
+  // A third CTA hides the start of tiles and the softmax; from 96 dims on, O and S leave no registers for it.
+  static constexpr int kCtasPerSm = kHeadDim <= 64 ? 3 : 2;
+  static constexpr int kRingBytes = (kCtasPerSm == 3 ? 64 : 96) * 1024;  // K and V stages, and Q of a tall tile
   static constexpr int kQBytes = kRows * kHeadDim * 2;
-  static constexpr bool kQInRegisters = kMTiles * kHeadDim <= 128;  // beside O and S they still fit 255
+  static constexpr bool kQInRegisters = kMTiles == 1 && kHeadDim <= 128;  // where they fit beside O and S
   // Keys of a block: a tall tile's S must fit the registers beside O; a short tile wants blocks worth their barrier.
   static constexpr int kTallKeys = kHeadDim <= 128 ? 64 : 32;
   static constexpr int kShortKeys = kHeadDim <= 64 ? 128 : kTallKeys;
@@ -78,7 +80,7 @@ struct FragmentPointer {
   }
 };
 
-// -------------------------------------------------------------------------------------------------- shared memory plan
+// ------------------------------------------------------------------------------ shared memory plan
 
 template <typename Element>
 struct KeyAddress {
@@ -97,13 +99,14 @@ struct RowInfo {
 struct Work {
   Tile tile;
   Row row;
+  const int32_t* pages;  // of the row, for the KV head
   int kv_head;
   int num_rows;  // packed queries
 };
 
 template <class Traits>
 struct SharedMemory {
-  alignas(1024) unsigned char ring[kRingBytes];
+  alignas(1024) unsigned char ring[Traits::kRingBytes];
   KeyAddress<typename Traits::Element> addresses[Traits::kMaxStreamKeys];  // of one block a stage
   RowInfo rows[Traits::kRows];
   Work work[2];  // this tile's and the next one's
@@ -118,14 +121,14 @@ struct WarpResults {
   float sum[Traits::kKeyWarps][kShortRows];
 };
 
-// -------------------------------------------------------------------------------------------------------- tile and
-// keys
+// ----------------------------------------------------------------------- queries and what they see
 
 __device__ __forceinline__ Work read_work(const AttendParams& p, int index) {
   Work work;
   work.tile = p.plan.tiles[index];
   work.row = p.plan.rows[work.tile.pair / p.num_kv_heads];
   work.kv_head = work.tile.pair % p.num_kv_heads;
+  work.pages = p.plan.kv_indices + work.row.page_begin + int64_t{work.kv_head} * work.row.head_stride;
   work.num_rows = work.row.q_count * (p.num_qo_heads / p.num_kv_heads);
   return work;
 }
