@@ -10,6 +10,9 @@ import pytest
 from make_model import SHAPES, make_model
 from server.harness import Server, spread
 
+# Those of the server it is compared with in test_serving.py, so that the attention is all that differs.
+FLAGS = "--dtype float32 --max-total-tokens 20032 --page-size 64 --chunked-prefill-size 128 --enable-mixed-chunk"
+
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
