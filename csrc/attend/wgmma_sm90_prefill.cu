@@ -12,10 +12,14 @@ cudaError_t launch_head_dim(const AttendParams& p) {
   using prefill::Traits;
   switch (p.head_dim) {
     //                             head size, consumers, keys, stages, Q buffers, ordered
-    case 64: return launch<Traits<T, 64, 3, 128, 4, 2, true, false, kSoftCap>>(p);
-    case 128: return launch<Traits<T, 128, 2, 128, 3, 1, true, false, kSoftCap>>(p);
-    case 256: return launch<Traits<T, 256, 2, 64, 2, 1, true, false, kSoftCap>>(p);
-    default: return cudaErrorNotSupported;
+    case 64:
+      return launch<Traits<T, 64, 3, 128, 4, 2, true, kSoftCap>>(p);
+    case 128:
+      return launch<Traits<T, 128, 2, 128, 2, 1, true, kSoftCap>>(p);
+    case 256:
+      return launch<Traits<T, 256, 2, 64, 2, 1, true, kSoftCap>>(p);
+    default:
+      return cudaErrorNotSupported;
   }
 }
 
@@ -29,9 +33,12 @@ cudaError_t launch_type(const AttendParams& p) {
 int run_attend_wgmma_sm90_prefill(const AttendParams& p) {
   if (p.num_tokens == 0) return cudaSuccess;
   switch (p.dtype) {
-    case DType::bf16: return launch_type<__nv_bfloat16>(p);
-    case DType::fp16: return launch_type<__half>(p);
-    default: return cudaErrorNotSupported;
+    case DType::bf16:
+      return launch_type<__nv_bfloat16>(p);
+    case DType::fp16:
+      return launch_type<__half>(p);
+    default:
+      return cudaErrorNotSupported;
   }
 }
 

@@ -1,0 +1,183 @@
+// The steps of a consumer warpgroup of the Hopper prefill kernel: the two matmuls, masks, softmax, output.
+#pragma once
+
+#include "attend/wgmma_sm90_prefill_traits.cuh"
+#include "device/math.cuh"
+#include "device/wgmma.cuh"
+
+namespace flashcore::prefill {
+
+// S = Q K^T for 64 queries; asynchronous.
+template <typename Tr>
+__device__ __forceinline__ void issue_qk(float (&s)[Tr::kBlockKeys / 2], uint64_t q, uint64_t k) {
+  using Mma = Wgmma<Tr::kBlockKeys, typename Tr::T>;
+#pragma unroll
+  for (int step = 0; step < Tr::kHeadDim / 16; ++step) {
+    const uint64_t a = wgmma_advance(q, step / 4 * Tr::kRows * 128 + step % 4 * 32);
+    const uint64_t b = wgmma_advance(k, step / 4 * Tr::kBlockKeys * 128 + step % 4 * 32);
+    Mma::template ss<0, 0>(s, a, b, step > 0);
+  }
+  wgmma_commit();
+}
+
+// O += P V; asynchronous.
+template <typename Tr>
+__device__ __forceinline__ void issue_pv(float (&o)[Tr::kHeadDim / 2], const uint32_t (&p)[Tr::kBlockKeys / 4],
+                                         uint64_t v) {
+  using Mma = Wgmma<Tr::kHeadDim, typename Tr::T>;
+#pragma unroll
+  for (int step = 0; step < Tr::kBlockKeys / 16; ++step) {
+    Mma::template rs<1>(o, p + 4 * step, wgmma_advance(v, step * 16 * 128), true);
+  }
+  wgmma_commit();
+}
+
+// The two rows a thread holds: which keys they see, and their running softmax.
+struct RowState {
+  int32_t first[2], last[2];  // visible keys of the row, inclusive
+  float reference[2];         // the maximum logit P is relative to, in units of the raw logits
+  float sum[2];               // of this thread's columns
+};
+
+// Sets the logits of keys before `first` (kBefore) or after `last` of their row to -inf. `begin`: the block's first
+// key.
+template <bool kBefore, int kElements>
+__device__ __forceinline__ void mask(float (&s)[kElements], const RowState& rows, int begin) {
+  const int column = begin + threadIdx.x % 4 * 2;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int limit = (kBefore ? rows.first[i] : rows.last[i]) - column;
+#pragma unroll
+    for (int j = 0; j < kElements / 4; ++j) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        if (kBefore ? 8 * j + e < limit : 8 * j + e > limit) s[4 * j + 2 * i + e] = -INFINITY;
+      }
+    }
+  }
+}
+
+// Turns logits into P relative to the row's reference. Returns whether the reference moved; then O * factor[i] is due.
+template <typename Tr>
+__device__ __forceinline__ bool softmax(float (&s)[Tr::kBlockKeys / 2], RowState& rows, float scale_log2,
+                                        float (&factor)[2]) {
+  constexpr int kElements = Tr::kBlockKeys / 2;
+  float maximum[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    float even = s[2 * i], odd = s[2 * i + 1];
+#pragma unroll
+    for (int j = 1; j < kElements / 4; ++j) {
+      even = fmaxf(even, s[4 * j + 2 * i]);
+      odd = fmaxf(odd, s[4 * j + 2 * i + 1]);
+    }
+    maximum[i] = fmaxf(even, odd);
+    maximum[i] = fmaxf(maximum[i], __shfl_xor_sync(0xffffffff, maximum[i], 1));
+    maximum[i] = fmaxf(maximum[i], __shfl_xor_sync(0xffffffff, maximum[i], 2));
+  }
+  // With no key seen yet the reference is -inf: any finite maximum exceeds it; -inf - -inf is NaN and compares false.
+  const bool grown = (maximum[0] - rows.reference[0]) * scale_log2 > Tr::kRescaleLog2 ||
+                     (maximum[1] - rows.reference[1]) * scale_log2 > Tr::kRescaleLog2;
+  const bool moved = __any_sync(0xffffffff, grown);
+  if (moved) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float reference = fmaxf(rows.reference[i], maximum[i]);
+      factor[i] = reference == -INFINITY ? 1.0f : exp2_fast((rows.reference[i] - reference) * scale_log2);
+      rows.sum[i] *= factor[i];
+      rows.reference[i] = reference;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const float offset = rows.reference[i] == -INFINITY ? 0.0f : rows.reference[i] * scale_log2;
+    float even = 0.0f, odd = 0.0f;
+#pragma unroll
+    for (int j = 0; j < kElements / 4; ++j) {
+      float& a = s[4 * j + 2 * i];
+      float& b = s[4 * j + 2 * i + 1];
+      a = exp2_fast(fmaf(a, scale_log2, -offset));
+      b = exp2_fast(fmaf(b, scale_log2, -offset));
+      even += a;
+      odd += b;
+    }
+    rows.sum[i] += even + odd;
+  }
+  return moved;
+}
+
+// Lane q of four holds word q of four columns' chunks; afterwards it holds the four words of chunk q.
+__device__ __forceinline__ void transpose_quad(uint32_t (&words)[4]) {
+#pragma unroll
+  for (int bit = 1; bit <= 2; bit *= 2) {
+    const bool upper = threadIdx.x & bit;
+#pragma unroll
+    for (int pair = 0; pair < 2; ++pair) {
+      uint32_t& a = words[bit == 1 ? 2 * pair : pair];
+      uint32_t& b = words[bit == 1 ? 2 * pair + 1 : pair + 2];
+      const uint32_t received = __shfl_xor_sync(0xffffffff, upper ? a : b, bit);
+      (upper ? a : b) = received;
+    }
+  }
+}
+
+// P is 0 for keys beyond the last, but what a page holds there may be NaN, and 0 * NaN is NaN: the consumers together
+// write zeros to the rows of V from `tail` to the end of its box.
+template <typename Tr>
+__device__ __forceinline__ void clear_tail(Shared<Tr>& smem, uint32_t use, int tail) {
+  const int end = min((tail + 63) / 64 * 64, Tr::kBlockKeys);  // boxes are at most 64 keys
+  if (tail >= end) return;
+  constexpr int kChunks = Tr::kSlabs * 8;  // 16-byte chunks of a key
+  constexpr int kConsumerThreads = Tr::kThreads - 128;
+  const uint32_t stage = stage_of<Tr::kStages>(use);
+  mbarrier_wait(&smem.v_full[stage], parity_of<Tr::kStages>(use));
+  for (int i = threadIdx.x - 128; i < (end - tail) * kChunks; i += kConsumerThreads) {
+    auto& row = smem.v[stage][i / 8 % Tr::kSlabs][tail + i / kChunks];
+    reinterpret_cast<uint4*>(row)[i % 8] = uint4{0, 0, 0, 0};
+  }
+  fence_proxy_async();
+  named_barrier_sync(kTailBarrier, kConsumerThreads);
+}
+
+// O / sum and the LSE of a thread's two rows.
+template <typename Tr>
+__device__ __forceinline__ void write_output(const AttendParams& p, const float (&o)[Tr::kHeadDim / 2],
+                                             const RowState& rows, const int (&out_row)[2], bool partial,
+                                             float softmax_scale) {
+  using T = typename Tr::T;
+  const int quad = threadIdx.x % 4;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    float sum = rows.sum[i];
+    sum += __shfl_xor_sync(0xffffffff, sum, 1);
+    sum += __shfl_xor_sync(0xffffffff, sum, 2);
+    const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+    const float lse = sum == 0.0f ? -INFINITY : rows.reference[i] * softmax_scale + log2f(sum);
+    const bool valid = out_row[i] >= 0;
+    const int64_t element = static_cast<int64_t>(out_row[i]) * Tr::kHeadDim;
+    float* const lse_out = partial ? p.partial_lse : p.lse;
+    if (valid && quad == 0 && lse_out != nullptr) lse_out[out_row[i]] = lse;
+    if (partial) {
+      float2* const out = reinterpret_cast<float2*>(p.partial_o + element) + quad;
+#pragma unroll
+      for (int j = 0; j < Tr::kHeadDim / 8; ++j) {
+        if (valid) out[4 * j] = float2{o[4 * j + 2 * i] * inverse, o[4 * j + 2 * i + 1] * inverse};
+      }
+    } else {
+      uint4* const out = reinterpret_cast<uint4*>(static_cast<T*>(p.out) + element) + quad;
+#pragma unroll
+      for (int j = 0; j < Tr::kHeadDim / 32; ++j) {
+        uint32_t words[4];
+#pragma unroll
+        for (int w = 0; w < 4; ++w) {
+          const int at = 16 * j + 4 * w + 2 * i;
+          words[w] = pack2<T>(o[at] * inverse, o[at + 1] * inverse);
+        }
+        transpose_quad(words);
+        if (valid) out[4 * j] = uint4{words[0], words[1], words[2], words[3]};
+      }
+    }
+  }
+}
+
+}  // namespace flashcore::prefill

@@ -1,0 +1,76 @@
+// Traits and shared-memory plan of the Hopper prefill kernel; wgmma_sm90_prefill.cuh has the whole picture.
+#pragma once
+
+#include "device/mbarrier.cuh"
+#include "device/tma.cuh"
+#include "params.h"
+
+namespace flashcore::prefill {
+
+// --- Traits ----------------------------------------------------------------------------------------------------------
+
+template <typename T_, int kHeadDim_, int kConsumers_, int kBlockKeys_, int kStages_, int kQueryBuffers_,
+          bool kOrdered_, bool kSoftCap_>
+struct Traits {
+  using T = T_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kConsumers = kConsumers_;  // warpgroups of 64 queries
+  static constexpr int kBlockKeys = kBlockKeys_;  // keys of one step
+  static constexpr int kStages = kStages_;
+  static constexpr int kQueryBuffers = kQueryBuffers_;
+  static constexpr bool kOrdered = kOrdered_;  // consumers issue their matmuls in turn, so that softmaxes are staggered
+  static constexpr bool kSoftCap = kSoftCap_;
+
+  static constexpr int kRows = 64 * kConsumers;
+  static constexpr int kSlabs = kHeadDim / kSlab;
+  static constexpr int kThreads = 128 * (kConsumers + 1);
+  static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : kConsumers == 3 ? 32 : 24;
+  static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : kConsumers == 3 ? 160 : 120;
+  static constexpr uint32_t kQueryBytes = kRows * kHeadDim * sizeof(T);
+  static constexpr uint32_t kBlockBytes = kBlockKeys * kHeadDim * sizeof(T);
+  static constexpr float kRescaleLog2 = 8.0f;  // P stays below 2^8, well inside fp16
+};
+
+// --- Shared memory plan ----------------------------------------------------------------------------------------------
+
+// A tile as the consumers need it.
+struct Job {
+  int32_t blocks;  // steps of kBlockKeys keys; kNoMoreJobs ends the kernel
+  int32_t q_begin, q_count, packed;
+  int32_t kv_head, kv_begin, kv_end, kv_pos;
+  int32_t position;  // of the first query, counted from the row's first key; the others follow unless packed
+  int32_t partial;
+};
+constexpr int32_t kNoMoreJobs = -1;
+
+template <typename Tr>
+struct alignas(1024) Shared {
+  typename Tr::T q[Tr::kQueryBuffers][Tr::kSlabs][Tr::kRows][kSlab];
+  typename Tr::T k[Tr::kStages][Tr::kSlabs][Tr::kBlockKeys][kSlab];
+  typename Tr::T v[Tr::kStages][Tr::kSlabs][Tr::kBlockKeys][kSlab];
+  Job jobs[Tr::kQueryBuffers];
+  int next_tile[2];  // from the producer's first warp to its others
+  Mbarrier q_full[Tr::kQueryBuffers], q_empty[Tr::kQueryBuffers];
+  Mbarrier k_full[Tr::kStages], k_empty[Tr::kStages];
+  Mbarrier v_full[Tr::kStages], v_empty[Tr::kStages];
+};
+
+// The stage and the parity of use number `use` of a ring: one counter is one register where a cursor takes two.
+template <int kStages>
+__device__ __forceinline__ uint32_t stage_of(uint32_t use) {
+  return use % kStages;
+}
+
+template <int kStages>
+__device__ __forceinline__ uint32_t parity_of(uint32_t use) {
+  return use / kStages % 2;
+}
+
+// Named barriers; 0 is __syncthreads.
+constexpr int kProducerBarrier = 1;
+constexpr int kTailBarrier = 2;   // all consumers
+constexpr int kOrderBarrier = 3;  // + consumer: its turn to issue matmuls
+
+constexpr int kProducerWarps = 4;  // small pages mean many boxes, more than one thread can issue in time
+
+}  // namespace flashcore::prefill
