@@ -21,6 +21,7 @@ namespace {
 
 constexpr int kWarps = 4;
 constexpr int kSums = 4;
+constexpr int kHeld = 4;          // partial results of an item whose place a lane finds before the wait
 constexpr int kAtOnce = 8;        // rows a warp has in flight
 constexpr int kManyItems = 4096;  // from here on a warp takes an item alone
 
@@ -108,18 +109,23 @@ __global__ void __launch_bounds__(32 * kWarps) merge_decode_kernel(const __grid_
   const bool exists = item < p.num_tokens * p.num_qo_heads;
 
   const PartialList list(p, exists ? item : 0);
-  const int first_row = exists && lane < list.total ? list.row(lane) : -1;
-  const bool wanted = __any_sync(~0u, first_row >= 0);
+  int held_rows[kHeld];
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    const int n = 32 * i + lane;
+    held_rows[i] = exists && n < list.total ? list.row(n) : -1;
+  }
+  const bool wanted = __any_sync(~0u, held_rows[0] >= 0);
   wait_for_primary();
   if (!wanted) return;  // the same in all warps of an item
 
-  // Weights relative to the highest LSE; rows of the first 32 are in registers already.
-  const float first_lse = first_row >= 0 ? p.partial_lse[first_row] : -INFINITY;
-  float maximum = first_lse;
-  for (int base = 32; base < list.total; base += 32) {
-    const int row = list.row(base + lane);
-    if (row >= 0) maximum = fmaxf(maximum, p.partial_lse[row]);
-  }
+  // Weights are relative to the highest LSE.
+  const auto lse_of = [&](int row) { return row >= 0 ? p.partial_lse[row] : -INFINITY; };
+  float held_lse[kHeld];
+  float maximum = -INFINITY;
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) maximum = fmaxf(maximum, held_lse[i] = lse_of(held_rows[i]));
+  for (int base = 32 * kHeld; base < list.total; base += 32) maximum = fmaxf(maximum, lse_of(list.row(base + lane)));
   maximum = warp_max(maximum);
   const float reference = maximum == -INFINITY ? 0.0f : maximum;
 
@@ -131,12 +137,10 @@ __global__ void __launch_bounds__(32 * kWarps) merge_decode_kernel(const __grid_
 #pragma unroll
     for (float& x : sums[i].x) x = 0.0f;
   }
-  const int some_row = __shfl_sync(~0u, first_row, 0);  // read, with weight 0, where there is nothing to read
-  for (int base = 0; base < list.total; base += 32) {
-    const int row = base == 0 ? first_row : list.row(base + lane);
-    const float lse = base == 0 ? first_lse : row >= 0 ? p.partial_lse[row] : -INFINITY;
+  const int some_row = __shfl_sync(~0u, held_rows[0], 0);  // read, with weight 0, where there is nothing to read
+  const auto add_32 = [&](int count, int row, float lse) {
     const float weight = exp2_fast(lse - reference);
-    for (int n = 0; n < min(32, list.total - base); n += kAtOnce * kShare) {
+    for (int n = 0; n < count; n += kAtOnce * kShare) {
       float w[kAtOnce];
       Sum rows[kAtOnce];
 #pragma unroll
@@ -152,6 +156,12 @@ __global__ void __launch_bounds__(32 * kWarps) merge_decode_kernel(const __grid_
         sums[i % kOwnSums].add(w[i], rows[i]);
       }
     }
+  };
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) add_32(min(32, list.total - 32 * i), held_rows[i], held_lse[i]);
+  for (int base = 32 * kHeld; base < list.total; base += 32) {
+    const int row = list.row(base + lane);
+    add_32(min(32, list.total - base), row, lse_of(row));
   }
 
   if constexpr (kShare > 1) {

@@ -33,8 +33,9 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm)
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
 
+  const FirstRange first(params.attend.plan);
   allow_dependents();  // the merge gets ready in the slots of the CTAs that end first
-  if (warp == kConsumerWarps + 2) prefetch_plan(params.attend.plan, lane);
+  if (warp == kConsumerWarps + 2) prefetch_metadata(params.attend, lane);
   if (threadIdx.x == 0) {
     prefetch_tensor_map(&k_map);
     prefetch_tensor_map(&v_map);
@@ -55,7 +56,7 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm)
   if (warp >= kConsumerWarps) {
     warpgroup_lower_registers<56>();
     if (warp == kConsumerWarps) {
-      produce_kv(shared, k_map, v_map, params, lane);
+      produce_kv(shared, k_map, v_map, params, first, lane);
     } else if (warp == kConsumerWarps + 1) {
       produce_queries(shared, params, lane);
     }

@@ -14,8 +14,6 @@ struct RangeDealer {
   int32_t* tickets;
   int num_ranges;
 
-  __device__ __forceinline__ int first() const { return blockIdx.x; }
-
   // The next range, or num_ranges and above when there is none: then the CTA asks no more. One lane calls.
   __device__ __forceinline__ int next() const {
     const int num_ctas = gridDim.x;
@@ -118,25 +116,42 @@ __device__ __forceinline__ void load_tiles(SharedStorage<Traits>& shared, const 
   }
 }
 
+// What the KV warp needs first; loaded before anything else, since all that follows hangs on it.
+struct FirstRange {
+  int tile_begin, tile_end, pages_read;
+
+  __device__ __forceinline__ explicit FirstRange(const Plan& plan)
+      : tile_begin(plan.cta_indptr[blockIdx.x]),
+        tile_end(plan.cta_indptr[blockIdx.x + 1]),
+        pages_read(plan.counts[kPagesRead]) {}
+};
+
 // The KV warp: draws ranges, passes them on and keeps the ring of stages full.
 template <typename Traits>
 __device__ __forceinline__ void produce_kv(SharedStorage<Traits>& shared, const CUtensorMap& k_map,
-                                           const CUtensorMap& v_map, const Params& params, int lane) {
+                                           const CUtensorMap& v_map, const Params& params, const FirstRange& first,
+                                           int lane) {
   const Plan& plan = params.attend.plan;
   const RangeDealer dealer{params.next_range, plan.num_ctas};
-  const uint64_t l2_policy = plan.counts[kPagesRead] < params.few_pages ? kEvictFirst : kEvictNormal;
+  const uint64_t l2_policy = first.pages_read < params.few_pages ? kEvictFirst : kEvictNormal;
   StageRing<Traits> ring;
   RingCursor<kRangeSlots> slot;
-  int range = dealer.first();
+  int range = blockIdx.x;
+  int tile_begin = first.tile_begin, tile_end = first.tile_end;
   while (true) {
     mbarrier_wait(&shared.range_empty[slot.stage], slot.parity ^ 1);
-    if (lane == 0) shared.ranges[slot.stage] = range;
+    if (lane == 0)
+      shared.ranges[slot.stage] = range < plan.num_ctas ? make_int2(tile_begin, tile_end) : make_int2(-1, -1);
     release(&shared.range_full[slot.stage], lane);
     slot.advance();
     if (range >= plan.num_ctas) return;
-    load_tiles(shared, k_map, v_map, params, plan.cta_indptr[range], plan.cta_indptr[range + 1], ring, l2_policy, lane);
+    load_tiles(shared, k_map, v_map, params, tile_begin, tile_end, ring, l2_policy, lane);
     if (lane == 0) range = dealer.next();
     range = __shfl_sync(~0u, range, 0);
+    if (range < plan.num_ctas) {
+      tile_begin = plan.cta_indptr[range];
+      tile_end = plan.cta_indptr[range + 1];
+    }
   }
 }
 
@@ -154,46 +169,23 @@ __device__ __forceinline__ void load_queries(SharedStorage<Traits>& shared, cons
     const int first_head = (tile.pair - row_index * p.num_kv_heads) * params.group;
     const int queries = row.q_count * params.group;
 
+    // The queries themselves come first: they have the longest way.
     constexpr int kPerLane = kMaxQueries / 32;
-    int64_t source[kPerLane];
-    int32_t begin[kPerLane], end[kPerLane], out_row[kPerLane];
-    int32_t free_begin = tile.kv_begin, free_end = tile.kv_end;
+    int64_t source[kPerLane] = {};
+    int32_t position[kPerLane] = {}, out_row[kPerLane] = {};
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
       const int m = 32 * i + lane;
-      source[i] = 0;
-      begin[i] = end[i] = out_row[i] = 0;
       if (m < queries) {
         const int index = row.q_begin + m / params.group;
         const int token = row.flags & kPacked ? p.plan.row_tokens[index] : index;
         const int head = first_head + m % params.group;
-        const int position = p.plan.positions[token] - row.kv_pos;
-        begin[i] = p.window_left < 0 ? 0 : max(0, position - p.window_left);
-        end[i] = p.causal ? min(tile.kv_end, position + 1) : tile.kv_end;
-        free_begin = max(free_begin, begin[i]);
-        free_end = min(free_end, end[i]);
         source[i] = token * p.q_stride_token + head * p.q_stride_head;
+        position[i] = p.plan.positions[token];
         out_row[i] = tile.partial < 0 ? token * p.num_qo_heads + head : tile.partial + m;
       }
     }
-    free_begin = __reduce_max_sync(~0u, free_begin);
-    free_end = __reduce_min_sync(~0u, free_end);
-
     mbarrier_wait(&shared.q_empty, parity);
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      info.visible_begin[32 * i + lane] = begin[i];
-      info.visible_end[32 * i + lane] = end[i];
-      info.out_row[32 * i + lane] = out_row[i];
-    }
-    if (lane == 0) {
-      info.queries = queries;
-      info.kv_begin = tile.kv_begin;
-      info.kv_end = tile.kv_end;
-      info.direct = tile.partial < 0;
-      info.free_begin = free_begin;
-      info.free_end = free_end;
-    }
     constexpr int kRowLanes = Traits::kHeadDim / 8;  // lanes that copy a row, 16 bytes each
     constexpr int kRowsAtOnce = 32 / kRowLanes;
     const Element* q = static_cast<const Element*>(p.q);
@@ -205,6 +197,32 @@ __device__ __forceinline__ void load_queries(SharedStorage<Traits>& shared, cons
                                             q + offset + lane % kRowLanes * 8, true);
       }
     }
+
+    int32_t free_begin = tile.kv_begin, free_end = tile.kv_end;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      const int m = 32 * i + lane;
+      const int last = position[i] - row.kv_pos;  // the last key of the row that a causal query sees
+      const int begin = p.window_left < 0 ? 0 : max(0, last - p.window_left);
+      const int end = p.causal ? min(tile.kv_end, last + 1) : tile.kv_end;
+      if (m < queries) {
+        free_begin = max(free_begin, begin);
+        free_end = min(free_end, end);
+      }
+      info.visible_begin[m] = begin;
+      info.visible_end[m] = end;
+      info.out_row[m] = out_row[i];
+    }
+    free_begin = __reduce_max_sync(~0u, free_begin);
+    free_end = __reduce_min_sync(~0u, free_end);
+    if (lane == 0) {
+      info.queries = queries;
+      info.kv_begin = tile.kv_begin;
+      info.kv_end = tile.kv_end;
+      info.direct = tile.partial < 0;
+      info.free_begin = free_begin;
+      info.free_end = free_end;
+    }
     copy_async_commit();
     copy_async_wait<0>();
     fence_proxy_async();  // wgmma reads them
@@ -215,37 +233,42 @@ __device__ __forceinline__ void load_queries(SharedStorage<Traits>& shared, cons
 // The query warp: one tile ahead of the consumers.
 template <typename Traits>
 __device__ __forceinline__ void produce_queries(SharedStorage<Traits>& shared, const Params& params, int lane) {
-  const Plan& plan = params.attend.plan;
   RingCursor<kRangeSlots> slot;
   uint32_t parity = 1;
   while (true) {
     mbarrier_wait(&shared.range_full[slot.stage], slot.parity);
-    const int range = shared.ranges[slot.stage];
+    const int2 tiles = shared.ranges[slot.stage];
     release(&shared.range_empty[slot.stage], lane);
     slot.advance();
-    if (range >= plan.num_ctas) break;
-    load_queries(shared, params, plan.cta_indptr[range], plan.cta_indptr[range + 1], parity, lane);
+    if (tiles.x < 0) break;
+    load_queries(shared, params, tiles.x, tiles.y, parity, lane);
   }
   mbarrier_wait(&shared.q_empty, parity);
   if (lane == 0) shared.tile.queries = kNoMoreTiles;
   release(&shared.q_full, lane);
 }
 
-// Brings the beginnings of the plan's tables to L2, each CTA a few lines: the KV warp's first loads depend on one
-// another, and where little is to be read their misses would be most of the time.
-__device__ __forceinline__ void prefetch_plan(const Plan& plan, int lane) {
-  constexpr int kLine = 128;
-  const auto prefetch = [&](const void* table, int64_t bytes, int lane_in_table) {
-    const int64_t offset = static_cast<int64_t>(kLine) * (blockIdx.x + gridDim.x * lane_in_table);
+// Brings the beginnings of what the producers read first to L2, each CTA a few lines: their loads depend on one
+// another, and where little is to be read these misses would be most of the time.
+__device__ __forceinline__ void prefetch_metadata(const AttendParams& p, int lane) {
+  constexpr int kLine = 128, kLinesPerCta = 4;
+  const auto prefetch = [&](const void* table, int64_t bytes) {
+    const int64_t offset = static_cast<int64_t>(kLine) * (blockIdx.x + gridDim.x * (lane % kLinesPerCta));
     if (offset < bytes) prefetch_l2(static_cast<const uint8_t*>(table) + offset);
   };
-  switch (lane / 4) {
+  switch (lane / kLinesPerCta) {
     case 0:
-      return prefetch(plan.tiles, plan.max_tiles * sizeof(Tile), lane % 4);
+      return prefetch(p.plan.tiles, p.plan.max_tiles * sizeof(Tile));
     case 1:
-      return prefetch(plan.rows, plan.max_rows * sizeof(Row), lane % 4);
+      return prefetch(p.plan.rows, p.plan.max_rows * sizeof(Row));
     case 2:
-      return prefetch(plan.kv_indices, plan.max_pages * sizeof(int32_t), lane % 4);
+      return prefetch(p.plan.kv_indices, p.plan.max_pages * sizeof(int32_t));
+    case 3:
+      return prefetch(p.plan.row_tokens, p.plan.max_row_tokens * sizeof(int32_t));
+    case 4:
+      return prefetch(p.plan.positions, p.num_tokens * sizeof(int32_t));
+    case 5:
+      return prefetch(p.q, p.num_tokens * p.q_stride_token * sizeof(uint16_t));
   }
 }
 

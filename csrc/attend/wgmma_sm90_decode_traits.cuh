@@ -85,7 +85,7 @@ struct SharedStorage {
   Mbarrier full[Traits::kStages], empty[Traits::kStages];
   Mbarrier q_full, q_empty;
   Mbarrier range_full[kRangeSlots], range_empty[kRangeSlots];
-  int32_t ranges[kRangeSlots];  // from the KV warp, which draws them, to the query warp
+  int2 ranges[kRangeSlots];  // [begin, end) of tiles, from the KV warp, which draws them, to the query warp
 };
 
 template <typename Traits>
