@@ -39,7 +39,8 @@ CONFIGURATIONS = (
     Configuration(
         "page-16-topk-two-ranks",
         "--page-size 16 --max-total-tokens 20000 --chunked-prefill-size 128 --tp-size 2",
-        {"FLASHCORE_POLICY": "topk", "SGLANG_CPU_OMP_THREADS_BIND": "0|1"},
+        # 0.5.17 would use NCCL between ranks wherever it finds the library.
+        {"FLASHCORE_POLICY": "topk", "SGLANG_CPU_OMP_THREADS_BIND": "0|1", "SGLANG_NCCL_SO_PATH": "none"},
     ),
     Configuration(
         "deterministic-decode-only",
