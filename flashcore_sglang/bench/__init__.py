@@ -38,20 +38,23 @@ def main(argv: list[str] | None = None) -> int:
     from . import decode, e2e, prefill, results
     from .cases import DECODE_SUITES, PREFILL_SUITES
 
-    if args.what == "decode":
-        cases = [case for suite in args.suite for case in DECODE_SUITES[suite]]
-        measured = decode.run(cases, args.variants, not args.no_peers, args.repeats)
-        results.show(measured.rows, "time_us")
-        if args.plot:
-            decode.plot(measured, args.plot)
-    elif args.what == "prefill":
-        shapes = [case for suite in args.suite for case in PREFILL_SUITES[suite]]
-        measured = prefill.run(shapes, args.variants, not args.no_peers, args.repeats)
-        results.show(measured.rows, "tflops")
-    else:
-        measured = e2e.run(args.model, args.backends, args.workloads, args.max_running, args.logs, args.server_flags)
-        for metric in e2e.METRICS:
-            results.show(measured.rows, metric, 2)
-    if args.json:
-        measured.save(args.json)
+    measured = results.Results()
+    try:
+        if args.what == "decode":
+            cases = [case for suite in args.suite for case in DECODE_SUITES[suite]]
+            decode.run(measured, cases, args.variants, not args.no_peers, args.repeats)
+        elif args.what == "prefill":
+            shapes = [case for suite in args.suite for case in PREFILL_SUITES[suite]]
+            prefill.run(measured, shapes, args.variants, not args.no_peers, args.repeats)
+        else:
+            e2e.run(measured, args.model, args.backends, args.workloads, args.max_running, args.logs, args.server_flags)
+    finally:  # what was measured before an error or an interrupt counts, too
+        if args.json:
+            measured.save(args.json)
+    for metric, digits in {"decode": {"time_us": 1}, "prefill": {"tflops": 0}}.get(
+        args.what, dict.fromkeys(e2e.METRICS, 2)
+    ).items():
+        results.show(measured.rows, metric, digits)
+    if args.what == "decode" and args.plot:
+        decode.plot(measured, args.plot)
     return 0

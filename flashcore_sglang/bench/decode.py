@@ -67,9 +67,8 @@ def max_error(
     return worst
 
 
-def run(cases: list[DecodeCase], variants: list[str], with_peers: bool, repeats: int) -> Results:
-    """Measures every case; raises when flashcore's error exceeds the peers'."""
-    results = Results()
+def run(results: Results, cases: list[DecodeCase], variants: list[str], with_peers: bool, repeats: int) -> None:
+    """Measures every case, adding rows as they come; raises when flashcore's error exceeds the peers'."""
     for case in cases:
         torch.manual_seed(0)
         table, lens, num_pages = case.page_table("cuda")
@@ -103,7 +102,6 @@ def run(cases: list[DecodeCase], variants: list[str], with_peers: bool, repeats:
         print(case.name, {name: round(t, 1) for name, t in times.items()}, flush=True)
         del k, v, calls, attentions
         torch.cuda.empty_cache()
-    return results
 
 
 def plot(results: Results, path: str) -> None:

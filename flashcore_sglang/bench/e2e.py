@@ -123,11 +123,16 @@ def _drive(model: str, workload: str, output: Path) -> dict[str, float]:
 
 
 def run(
-    model: str, backends: list[str], workloads: list[str], max_running: int, logs: Path, flags: list[str]
-) -> Results:
-    """Every workload on every backend, one server after the other on the same GPU."""
+    results: Results,
+    model: str,
+    backends: list[str],
+    workloads: list[str],
+    max_running: int,
+    logs: Path,
+    flags: list[str],
+) -> None:
+    """Every workload on every backend, one server after the other on the same GPU; rows are added as they come."""
     logs.mkdir(parents=True, exist_ok=True)
-    results = Results()
     for backend in backends:
         log = logs / f"server_{backend}.log"
         with server(model, backend, max_running, log, flags):
@@ -138,6 +143,6 @@ def run(
                 for metric, key in METRICS.items():
                     results.add(f"e2e/{workload}", backend, metric, record[key or "steady"])
                 results.add(f"e2e/{workload}", backend, "completed", record["completed"])
+                results.add(f"e2e/{workload}", backend, "healthy", float(_healthy()))
                 shown = {metric: round(record[key or "steady"], 2) for metric, key in METRICS.items()}
-                print(backend, workload, shown, f"healthy={_healthy()}", flush=True)
-    return results
+                print(backend, workload, shown, flush=True)

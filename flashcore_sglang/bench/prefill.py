@@ -71,9 +71,8 @@ def max_error(case: PrefillCase, out: torch.Tensor, q: torch.Tensor, cache: tupl
     return worst
 
 
-def run(cases: list[PrefillCase], variants: list[str], with_peers: bool, repeats: int) -> Results:
-    """Measures every case; raises when flashcore's error exceeds twice the best peer's."""
-    results = Results()
+def run(results: Results, cases: list[PrefillCase], variants: list[str], with_peers: bool, repeats: int) -> None:
+    """Measures every case, adding rows as they come; raises when flashcore's error exceeds twice the best peer's."""
     for case in cases:
         torch.manual_seed(0)
         q, k, v, cache = _inputs(case)
@@ -104,4 +103,3 @@ def run(cases: list[PrefillCase], variants: list[str], with_peers: bool, repeats
         print(case.name, {name: round(t) for name, t in speeds.items()}, flush=True)
         del q, k, v, cache, calls
         torch.cuda.empty_cache()
-    return results
