@@ -169,7 +169,7 @@ __device__ void consume(const AttendParams& p, Shared<Tr>& smem) {
         release(smem.v_empty[stage_of<kStages>(use)]);
         pack_p();
       }
-      release(smem.q_empty[buffer]);
+      mbarrier_arrive(&smem.q_empty[buffer]);
       begin_pv();
       wgmma_wait<0>();
       wgmma_pin(o);
@@ -177,8 +177,7 @@ __device__ void consume(const AttendParams& p, Shared<Tr>& smem) {
       ++use;
     } else {
       locate_rows();
-      __syncwarp();
-      release(smem.q_empty[buffer]);
+      mbarrier_arrive(&smem.q_empty[buffer]);
     }
     write_output<Tr>(p, o, rows, out_row, partial, softmax_scale);
   }
@@ -195,7 +194,7 @@ __global__ void __launch_bounds__(Tr::kThreads, 1)
     constexpr int kConsumerWarps = 4 * Tr::kConsumers;
     for (int i = 0; i < Tr::kQueryBuffers; ++i) {
       mbarrier_init(&smem.q_full[i], 1);
-      mbarrier_init(&smem.q_empty[i], kConsumerWarps);
+      mbarrier_init(&smem.q_empty[i], 128 * Tr::kConsumers);  // every thread has read the job
     }
     for (int i = 0; i < Tr::kStages; ++i) {
       mbarrier_init(&smem.k_full[i], kProducerWarps);
