@@ -11,7 +11,7 @@ cudaError_t launch_head_dim(const AttendParams& p) {
   using prefill::launch;
   using prefill::Traits;
   switch (p.head_dim) {
-    //                             head size, consumers, keys, stages, Q buffers, ordered
+    // <type, head size, consumers, keys of a block, stages, Q buffers, ordered, soft cap>
     case 64:
       return launch<Traits<T, 64, 3, 128, 4, 2, true, kSoftCap>>(p);
     case 128:

@@ -5,7 +5,7 @@
 // Grid:  one persistent CTA an SM; TileSchedule says which tiles it runs.
 // Block: one producer warpgroup (its warps share the TMA boxes, one a page) and kConsumers warpgroups of 64 queries.
 // Smem:  kQueryBuffers tiles of Q, rings of kStages blocks of K and of V, all under the 128-byte swizzle.
-// Maths: S of block n - 1 and O += P V of block n run on the tensor cores while the softmax of block n - 1 waits for S
+// Maths: S of block n - 1 and O += P V of block n run on the tensor cores; the softmax of block n - 1 waits for S
 //        only; P stays in registers. O is rescaled only when a row's maximum has grown by more than 2^8.
 // After: FlashAttention-3 (Shah et al., 2024) for the warp specialisation, the overlap inside a warpgroup and the order
 //        between warpgroups; FlashAttention-4 for the conditional rescale; FlashInfer (Ye et al., 2025) for CSR rows.
