@@ -1,7 +1,8 @@
 // torch.ops.flashcore: schemas, checks and dispatch; the only file that knows torch.
 //
-// Every op fills buffers that the caller owns. None allocates or waits for the device, so all of them can be captured
-// in a CUDA graph. Built on libtorch's stable ABI: one library for every torch from TORCH_TARGET_VERSION on.
+// Every op fills buffers that the caller owns. None but cublaslt_plan allocates or waits for the device, so all others
+// can be captured in a CUDA graph. Built on libtorch's stable ABI: one library for every torch from
+// TORCH_TARGET_VERSION on.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -13,6 +14,7 @@
 #include <string>
 #include <vector>
 
+#include "attend/cublaslt.h"
 #include "check.h"
 #include "params.h"
 
@@ -44,6 +46,10 @@ FLASHCORE_WEAK(run_attend_cpu, AttendParams);
 FLASHCORE_WEAK(run_merge_cuda, AttendParams);
 FLASHCORE_WEAK(run_merge_cpu, AttendParams);
 #undef FLASHCORE_WEAK
+const char* cublaslt_missing() __attribute__((weak));
+int64_t cublaslt_version() __attribute__((weak));
+int64_t cublaslt_workspace_bytes(const CublasLtShape&, int64_t) __attribute__((weak));
+std::string plan_cublaslt(CublasLtShape, void*, int64_t, int64_t, const std::string&, void*) __attribute__((weak));
 
 namespace {
 
@@ -61,15 +67,19 @@ struct Variant {
   bool cuda;
   Run<AttendParams> decode;
   Run<AttendParams> prefill;
+  bool merges = true;  // leaves partial results for the merge
 
-  bool available() const { return decode != nullptr && prefill != nullptr; }
+  bool built() const { return decode != nullptr || prefill != nullptr; }
+  // Why a variant that was built cannot run on this machine, or nullptr.
+  const char* missing() const { return prefill == run_attend_cublaslt ? cublaslt_missing() : nullptr; }
+  bool available() const { return built() && missing() == nullptr; }
 };
 
 const Variant kVariants[] = {
     {"cpu", false, run_attend_cpu, run_attend_cpu},
     {"wmma_sm80", true, run_attend_wmma_sm80, run_attend_wmma_sm80},
     {"wgmma_sm90", true, run_attend_wgmma_sm90_decode, run_attend_wgmma_sm90_prefill},
-    {"cublaslt", true, run_attend_cublaslt, run_attend_cublaslt},
+    {"cublaslt", true, nullptr, run_attend_cublaslt, false},
 };
 
 std::string variant_names(bool json) {
@@ -82,12 +92,33 @@ std::string variant_names(bool json) {
   return names;
 }
 
-Run<AttendParams> find_variant(const std::string& name, bool cuda, bool decode) {
+// Built, but without what they need at run time: "name": "why", as JSON.
+std::string missing_variants() {
+  std::string entries;
+  for (const Variant& variant : kVariants) {
+    if (!variant.built() || variant.missing() == nullptr) continue;
+    entries += std::string(entries.empty() ? "" : ", ") + "\"" + variant.name + "\": \"" + variant.missing() + "\"";
+  }
+  return entries;
+}
+
+// What computes a phase; `name` is known and built.
+struct Kernel {
+  Run<AttendParams> run;
+  bool merges;
+};
+
+Kernel find_variant(const std::string& name, bool cuda, bool decode) {
   for (const Variant& variant : kVariants) {
     if (name != variant.name) continue;
     require(variant.cuda == cuda, "attend", "variant: expected one for ", cuda ? "CUDA" : "CPU", " tensors, got '",
             name, "'; choose another variant or move the tensors");
-    if (const Run<AttendParams> run = decode ? variant.decode : variant.prefill) return run;
+    if (!variant.built()) break;
+    require(variant.missing() == nullptr, "attend", "variant: '", name, "' ", variant.missing());
+    const Run<AttendParams> run = decode ? variant.decode : variant.prefill;
+    require(run != nullptr, "attend", "variant: '", name, "' has no kernel for ", decode ? "decode" : "prefill",
+            "; choose another variant");
+    return {run, variant.merges};
   }
   fail("attend", "variant: expected one of ", variant_names(false), ", got '", name,
        "'; choose one that this library was built with");
@@ -351,7 +382,8 @@ void plan(const std::vector<Tensor>& plan, const Tensor& scratch, int64_t num_to
 void attend(const Tensor& q_tensor, const Tensor& k_cache, const Tensor& v_cache, const std::vector<Tensor>& plan,
             const Tensor& partial_o, const Tensor& partial_lse, const Tensor& out_tensor,
             const std::optional<Tensor>& lse_tensor, int64_t rows_per_tile, double sm_scale, bool causal,
-            int64_t window_left, double logits_soft_cap, bool decode, const std::string& variant) {
+            int64_t window_left, double logits_soft_cap, bool decode, const std::string& variant,
+            const std::optional<Tensor>& workspace, int64_t max_qo_len, int64_t max_kv_len) {
   constexpr const char* kOp = "attend";
   const TensorArg q = describe(kOp, "q", q_tensor);
   const int device = q.device;
@@ -390,7 +422,13 @@ void attend(const Tensor& q_tensor, const Tensor& k_cache, const Tensor& v_cache
 
   const auto [buffers, batch] =
       describe_plan(kOp, plan, device, num_tokens, num_kv_heads, rows_per_tile, partials.size(0));
-  const Run<AttendParams> run_variant = find_variant(variant, device != kCpu, decode);
+  const Kernel kernel = find_variant(variant, device != kCpu, decode);
+  TensorArg work{};
+  if (workspace) {
+    work = describe(kOp, "workspace", *workspace);
+    require_device(work, device);
+    require_contiguous(work);
+  }
   if (num_tokens == 0) return;
 
   const Launch launch(device);
@@ -403,6 +441,8 @@ void attend(const Tensor& q_tensor, const Tensor& k_cache, const Tensor& v_cache
       .lse = lse_data,
       .partial_o = partials.as<float>(),
       .partial_lse = partial_lses.as<float>(),
+      .workspace = work.data,
+      .workspace_bytes = workspace ? work.numel() * static_cast<int64_t>(workspace->element_size()) : 0,
       .q_stride_token = q.strides[0],
       .q_stride_head = q.strides[1],
       .k_stride_page = k.strides[0],
@@ -424,11 +464,54 @@ void attend(const Tensor& q_tensor, const Tensor& k_cache, const Tensor& v_cache
       .window_left = static_cast<int32_t>(window_left),
       .dtype = static_cast<DType>(q.scalar),
       .decode = decode,
+      .max_qo_len = static_cast<int32_t>(max_qo_len),
+      .max_kv_len = static_cast<int32_t>(max_kv_len),
       .num_sms = num_sms(device),
       .stream = launch.stream(),
   };
-  run(kOp, variant.c_str(), run_variant, params);
-  run(kOp, "merge", device == kCpu ? run_merge_cpu : run_merge_cuda, params);
+  run(kOp, variant.c_str(), kernel.run, params);
+  if (kernel.merges) run(kOp, "merge", device == kCpu ? run_merge_cpu : run_merge_cuda, params);
+}
+
+CublasLtShape cublaslt_shape(const char* op, int64_t batch, int64_t max_qo_len, int64_t max_kv_len,
+                             int64_t num_kv_heads, int64_t group, int64_t head_dim, bool fp16, bool causal) {
+  require(cublaslt_workspace_bytes != nullptr, op,
+          "expected a library with the variant 'cublaslt', got one that was built without it; build where nvcc and "
+          "cublasLt.h (pip install nvidia-cublas) are");
+  require(batch > 0 && max_qo_len > 0 && max_kv_len >= 0 && num_kv_heads > 0 && group > 0 && head_dim > 0, op,
+          "expected a batch with queries, got batch ", batch, ", max_qo_len ", max_qo_len, ", max_kv_len ", max_kv_len,
+          ", ", num_kv_heads, " KV heads of ", group, " query heads of ", head_dim, "; plan no empty batch");
+  return {
+      .batch = static_cast<int32_t>(batch),
+      .max_qo_len = static_cast<int32_t>(max_qo_len),
+      .max_kv_len = static_cast<int32_t>(max_kv_len),
+      .num_kv_heads = static_cast<int32_t>(num_kv_heads),
+      .group = static_cast<int32_t>(group),
+      .head_dim = static_cast<int32_t>(head_dim),
+      .dtype = fp16 ? DType::fp16 : DType::bf16,
+      .causal = causal,
+      .fp32_scores = 0,
+  };
+}
+
+int64_t cublaslt_workspace(int64_t batch, int64_t max_qo_len, int64_t max_kv_len, int64_t num_kv_heads, int64_t group,
+                           int64_t head_dim, bool fp16, bool causal, int64_t matmul_bytes) {
+  const CublasLtShape shape =
+      cublaslt_shape("cublaslt_workspace", batch, max_qo_len, max_kv_len, num_kv_heads, group, head_dim, fp16, causal);
+  return cublaslt_workspace_bytes(shape, matmul_bytes);
+}
+
+std::string cublaslt_plan(const Tensor& workspace, int64_t batch, int64_t max_qo_len, int64_t max_kv_len,
+                          int64_t num_kv_heads, int64_t group, int64_t head_dim, bool fp16, bool causal,
+                          int64_t matmul_bytes, const std::string& known) {
+  constexpr const char* kOp = "cublaslt_plan";
+  const CublasLtShape shape =
+      cublaslt_shape(kOp, batch, max_qo_len, max_kv_len, num_kv_heads, group, head_dim, fp16, causal);
+  const TensorArg work = describe(kOp, "workspace", workspace);
+  require_contiguous(work);
+  const Launch launch(work.device);
+  return plan_cublaslt(shape, work.data, work.numel() * static_cast<int64_t>(workspace.element_size()), matmul_bytes,
+                       known, launch.stream());
 }
 
 void summarize(const Tensor& k_cache, const Tensor& kv_indptr, const Tensor& kv_indices, const Tensor& last_page_len,
@@ -526,7 +609,9 @@ std::string build_info() {
 #else
   const std::string cuda = "\"cuda\": false, \"nvcc\": null, \"archs\": \"\", \"cudart\": null";
 #endif
-  return "{" + cuda + ", \"variants\": [" + variant_names(true) + "]}";
+  const std::string cublaslt = std::to_string(cublaslt_version != nullptr ? cublaslt_version() : 0);
+  return "{" + cuda + ", \"cublaslt\": " + cublaslt + ", \"variants\": [" + variant_names(true) + "], \"missing\": {" +
+         missing_variants() + "}}";
 }
 
 }  // namespace
@@ -543,13 +628,20 @@ STABLE_TORCH_LIBRARY(flashcore, m) {
   m.def(
       "attend(Tensor q, Tensor k_cache, Tensor v_cache, Tensor[] plan, Tensor(a!) partial_o, Tensor(b!) partial_lse, "
       "Tensor(c!) out, Tensor(d!)? lse, int rows_per_tile, float sm_scale, bool causal, int window_left, "
-      "float logits_soft_cap, bool decode, str variant) -> ()");
+      "float logits_soft_cap, bool decode, str variant, Tensor(e!)? workspace=None, int max_qo_len=0, "
+      "int max_kv_len=0) -> ()");
   m.def(
       "summarize(Tensor k_cache, Tensor kv_indptr, Tensor kv_indices, Tensor last_page_len, Tensor? first_page, "
       "int max_columns, Tensor(a!) summaries) -> ()");
   m.def(
       "select(Tensor q, Tensor summaries, Tensor(a!)[] plan, Tensor(b!) scores, int page_size, int max_columns, "
       "int sink_pages, int recent_pages, int budget_pages, int sparse_begin, float std_weight) -> ()");
+  m.def(
+      "cublaslt_workspace(int batch, int max_qo_len, int max_kv_len, int num_kv_heads, int group, int head_dim, "
+      "bool fp16, bool causal, int matmul_bytes) -> int");
+  m.def(
+      "cublaslt_plan(Tensor(a!) workspace, int batch, int max_qo_len, int max_kv_len, int num_kv_heads, int group, "
+      "int head_dim, bool fp16, bool causal, int matmul_bytes, str known) -> str");
   m.def("build_info() -> str");
 }
 
@@ -564,8 +656,10 @@ STABLE_TORCH_LIBRARY(flashcore, m) {
 FLASHCORE_REGISTER(CPU)
 #ifdef FLASHCORE_WITH_CUDA
 FLASHCORE_REGISTER(CUDA)
+STABLE_TORCH_LIBRARY_IMPL(flashcore, CUDA, m) { m.impl("cublaslt_plan", TORCH_BOX(&flashcore::cublaslt_plan)); }
 #endif
 
 STABLE_TORCH_LIBRARY_IMPL(flashcore, CompositeExplicitAutograd, m) {
+  m.impl("cublaslt_workspace", TORCH_BOX(&flashcore::cublaslt_workspace));
   m.impl("build_info", TORCH_BOX(&flashcore::build_info));
 }

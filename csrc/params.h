@@ -112,6 +112,8 @@ struct AttendParams {
   float* lse;           // [num_tokens, num_qo_heads] base 2, may be nullptr
   float* partial_o;     // [max_partials, head_dim] normalised
   float* partial_lse;   // [max_partials] base 2
+  void* workspace;      // cublaslt only: [workspace_bytes]
+  int64_t workspace_bytes;
   int64_t q_stride_token, q_stride_head;
   int64_t k_stride_page, k_stride_token, k_stride_head;
   int64_t v_stride_page, v_stride_token, v_stride_head;
@@ -120,6 +122,7 @@ struct AttendParams {
   int32_t causal, window_left;
   DType dtype;
   int32_t decode;  // 1: every request has one query token
+  int32_t max_qo_len, max_kv_len;  // of the longest requests, known to the host; cublaslt only
   int32_t num_sms;
   void* stream;
 };

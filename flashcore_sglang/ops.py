@@ -1,8 +1,9 @@
 """Typed functions over ``torch.ops.flashcore``.
 
-Every op fills tensors that the caller owns: none allocates or waits for the device, so all can be captured in a CUDA
-graph. They check shapes, dtypes, devices and strides and raise RuntimeError with what was expected, what came and what
-to do. What they cannot check without waiting for the device is whether page ids are in range: see `check_page_table`.
+Every op fills tensors that the caller owns: none but `cublaslt_plan` allocates or waits for the device, so the others
+can be captured in a CUDA graph. They check shapes, dtypes, devices and strides and raise RuntimeError with what was
+expected, what came and what to do. What they cannot check without waiting for the device is whether page ids are in
+range: see `check_page_table`.
 """
 
 from __future__ import annotations
@@ -135,6 +136,9 @@ def attend(
     logits_soft_cap: float,
     decode: bool,
     variant: str,
+    workspace: torch.Tensor | None = None,
+    max_qo_len: int = 0,
+    max_kv_len: int = 0,
 ) -> None:
     """Attention over a plan, then the merge of its partial results.
 
@@ -152,6 +156,8 @@ def attend(
         logits_soft_cap: cap * tanh(logit / cap); 0: off.
         decode: every request has one query token.
         variant: a name of ``variants.VARIANTS``.
+        workspace: variant cublaslt: ``cublaslt.Workspace.tensor``, planned for these lengths.
+        max_qo_len, max_kv_len: variant cublaslt: query tokens and keys of the longest requests.
     """
     library().attend(
         q,
@@ -169,6 +175,9 @@ def attend(
         logits_soft_cap,
         decode,
         variant,
+        workspace,
+        max_qo_len,
+        max_kv_len,
     )
 
 
@@ -234,8 +243,63 @@ def select(
     )
 
 
+def cublaslt_workspace(
+    batch: int,
+    max_qo_len: int,
+    max_kv_len: int,
+    num_kv_heads: int,
+    group: int,
+    head_dim: int,
+    fp16: bool,
+    causal: bool,
+    matmul_bytes: int,
+) -> int:
+    """Bytes of scratch that variant cublaslt needs for a ``cublaslt.Shape``, ``matmul_bytes`` of each lane included."""
+    return int(
+        library().cublaslt_workspace(
+            batch, max_qo_len, max_kv_len, num_kv_heads, group, head_dim, fp16, causal, matmul_bytes
+        )
+    )
+
+
+def cublaslt_plan(
+    workspace: torch.Tensor,
+    batch: int,
+    max_qo_len: int,
+    max_kv_len: int,
+    num_kv_heads: int,
+    group: int,
+    head_dim: int,
+    fp16: bool,
+    causal: bool,
+    matmul_bytes: int,
+    known: str,
+) -> str:
+    """Finds an algorithm for each matmul of a ``cublaslt.Shape``, before ``attend`` runs it.
+
+    Unlike the other ops it waits for the device.
+
+    Args:
+        workspace: uint8, of at least ``cublaslt_workspace`` bytes; it is overwritten.
+        matmul_bytes: what cuBLASLt may use of it in each lane.
+        known: ``matmul=algorithm`` lines of earlier calls; what is not among them is timed.
+
+    Returns:
+        The lines of this shape.
+    """
+    return str(
+        library().cublaslt_plan(
+            workspace, batch, max_qo_len, max_kv_len, num_kv_heads, group, head_dim, fp16, causal, matmul_bytes, known
+        )
+    )
+
+
 def build_info() -> str:
-    """JSON: ``cuda``, ``nvcc``, ``archs``, ``cudart`` and the ``variants`` that were compiled in."""
+    """What the library holds, as JSON.
+
+    ``cuda``, ``nvcc``, ``archs``, ``cudart``; the version of ``cublaslt`` (0: none); the compiled ``variants``; of
+    those that lack something on this machine, what (``missing``).
+    """
     return str(library().build_info())
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
-from flashcore_sglang import config, ops, variants
+from flashcore_sglang import config, cublaslt, ops, variants
 from flashcore_sglang.planner import (
     Capacity,
     Planner,
@@ -43,6 +44,7 @@ class _Settings:
     sm_scale: float
     window_left: int
     logits_soft_cap: float
+    matmuls: cublaslt.Shape | None = None  # of variant cublaslt, which plans with lengths known to the host
 
 
 class PagedAttention:
@@ -81,6 +83,7 @@ class PagedAttention:
         self._settings: _Settings | None = None
         self._captured = False
         self._planner: Planner
+        self._workspace: cublaslt.Workspace
         self._num_pages = 0
 
     def plan(
@@ -165,6 +168,18 @@ class PagedAttention:
             variants.device_of(self.device, self._config.cpu_threads),
             variant,
         )
+        if choice.variant.name == "cublaslt" and settings.num_tokens > 0:
+            matmuls = cublaslt.Shape(
+                batch=batch,
+                max_qo_len=int(query_begins.diff().max()),
+                max_kv_len=_longest(kv_indptr, kv_last_page_len, page_size),
+                num_kv_heads=num_kv_heads,
+                group=num_qo_heads // num_kv_heads,
+                head_dim=head_dim,
+                fp16=q_data_type == torch.float16,
+                causal=causal,
+            )
+            settings = replace(settings, matmuls=matmuls)
         capacity = Capacity(
             batch=self._size("max_batch", batch, "batch"),
             tokens=self._size("max_tokens", settings.num_tokens, "tokens"),
@@ -190,6 +205,8 @@ class PagedAttention:
             ops.check_page_table(kv_indptr, kv_indices, kv_last_page_len, page_size, high + 1)
         if layout != self._layout:
             self._allocate(layout)
+        if settings.matmuls is not None:
+            self._workspace.plan(settings.matmuls)
         self._settings, self._num_pages = settings, high + 1
         self._planner.begin_csr(
             None if decode else qo_indptr,
@@ -262,6 +279,7 @@ class PagedAttention:
             logits_soft_cap=settings.logits_soft_cap,
             decode=settings.decode,
             variant=layout.choice.variant.name,
+            **self._matmul_arguments(settings.matmuls),
         )
         if not return_lse:
             return out
@@ -295,7 +313,18 @@ class PagedAttention:
         heads = (capacity.tokens, layout.num_qo_heads)
         self._out = torch.empty((*heads, layout.head_dim), dtype=layout.dtype, device=device)
         self._lse = torch.empty(heads, dtype=torch.float32, device=device)
+        if layout.choice.variant.name == "cublaslt":
+            self._workspace = cublaslt.Workspace(device, self._config.cublaslt_ws_mb)
         self._layout = layout
+
+    def _matmul_arguments(self, matmuls: cublaslt.Shape | None) -> dict[str, Any]:
+        if matmuls is None:
+            return {}
+        return {
+            "workspace": self._workspace.tensor,
+            "max_qo_len": matmuls.max_qo_len,
+            "max_kv_len": matmuls.max_kv_len,
+        }
 
     def _check(self, name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
         for what, expected, got in (
@@ -332,6 +361,12 @@ def _check_indices(
             "rebuild the page table"
         )
     return batch
+
+
+def _longest(kv_indptr: torch.Tensor, last_page_len: torch.Tensor, page_size: int) -> int:
+    """Keys of the longest request."""
+    pages = kv_indptr.diff()
+    return int((pages.sub(1).mul(page_size) + last_page_len.to(pages.device)).where(pages > 0, 0).max())
 
 
 def _features(settings: _Settings) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, get_args
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ VARIANTS = (
         dtypes=("bf16", "fp16"),
         features=("causal", "lse"),
         decode={},
-        prefill=dict.fromkeys((64, 128), Tiling(rows_per_tile=64, ctas_per_sm=2)),
+        prefill=dict.fromkeys((64, 128, 256), Tiling(rows_per_tile=64, ctas_per_sm=2)),
     ),
     Variant(
         name="cpu",
@@ -147,12 +147,14 @@ class Device:
         compiled: names of the variants that the loaded library holds.
         sm: compute capability, None on a CPU.
         units: SMs; CPU: threads.
+        missing: variants that the library holds but that lack something on this machine, and what.
     """
 
     kind: str
     compiled: frozenset[str]
     sm: tuple[int, int] | None = None
     units: int = 1
+    missing: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     def __str__(self) -> str:
         return self.kind if self.sm is None else f"{self.kind} sm_{self.sm[0]}{self.sm[1]}"
@@ -177,6 +179,8 @@ def unavailable(variant: Variant, device: Device) -> str | None:
     """Why ``variant`` cannot run on ``device`` at all, or None."""
     if variant.device != device.kind:
         return f"requires a {variant.device} device, got {device.kind}"
+    if variant.name in device.missing:
+        return device.missing[variant.name]
     if variant.name not in device.compiled:
         return f"not compiled into this library (it holds {', '.join(sorted(device.compiled)) or 'no variant'})"
     if device.sm is not None:
@@ -283,6 +287,11 @@ def compiled(build_info: str) -> frozenset[str]:
     return frozenset(json.loads(build_info)["variants"])
 
 
+def missing(build_info: str) -> dict[str, str]:
+    """From the same: the variants that lack something on this machine, and what."""
+    return dict(json.loads(build_info)["missing"])
+
+
 def device_of(device: torch.device | str, cpu_threads: int = 0) -> Device:
     """The machine behind a torch device, with what the loaded library holds. ``cpu_threads`` 0: torch's own number.
 
@@ -294,12 +303,19 @@ def device_of(device: torch.device | str, cpu_threads: int = 0) -> Device:
     from flashcore_sglang._load import load_library
 
     load_library()
-    held = compiled(torch.ops.flashcore.build_info())
+    info = torch.ops.flashcore.build_info()
+    held = compiled(info)
     device = torch.device(device)
     if device.type != "cuda":
         return Device(device.type, held, units=cpu_threads or torch.get_num_threads())
     properties = torch.cuda.get_device_properties(device)
-    return Device("cuda", held, sm=(properties.major, properties.minor), units=properties.multi_processor_count)
+    return Device(
+        "cuda",
+        held,
+        sm=(properties.major, properties.minor),
+        units=properties.multi_processor_count,
+        missing=missing(info),
+    )
 
 
 def _any_of(values: tuple[object, ...] | list[str]) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from cases import Case, Problem
 
-from flashcore_sglang import ops, reference
+from flashcore_sglang import cublaslt, ops, reference
 from flashcore_sglang.planner import Capacity, Plan, PlannerOptions, make_planner
 from flashcore_sglang.planner.plan import ROW_FIELDS
 
@@ -92,10 +92,22 @@ def make_untrimmed_plan(
 
 
 def attend(
-    problem: Problem, plan: Plan | list[torch.Tensor], *, variant: str, rows_per_tile: int = 32
+    problem: Problem,
+    plan: Plan | list[torch.Tensor],
+    *,
+    variant: str,
+    rows_per_tile: int = 32,
+    workspace: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``(out, lse)`` of the op, from buffers full of NaN: what it does not write shows."""
+    """``(out, lse)`` of the op, from buffers full of NaN: what it does not write shows.
+
+    Variant cublaslt plans its matmuls here, unless it is given a workspace.
+    """
     case, q = problem.case, problem.q
+    if variant == "cublaslt" and workspace is None and q.numel():
+        scratch = cublaslt.Workspace(q.device, 32, cublaslt.Algorithms(None))
+        scratch.plan(matmuls(case))
+        workspace = scratch.tensor
     tensors = plan.tensors() if isinstance(plan, Plan) else plan
     max_partials = plan.capacity.max_partials if isinstance(plan, Plan) else int(plan[12][2])
     floats = {"dtype": torch.float32, "device": q.device}
@@ -117,8 +129,25 @@ def attend(
         logits_soft_cap=case.logits_soft_cap,
         decode=case.decode,
         variant=variant,
+        workspace=workspace,
+        max_qo_len=max(case.q_lens, default=0),
+        max_kv_len=max(case.kv_lens, default=0),
     )
     return out, lse
+
+
+def matmuls(case: Case) -> cublaslt.Shape:
+    """What variant cublaslt plans for a case."""
+    return cublaslt.Shape(
+        batch=len(case.q_lens),
+        max_qo_len=max(case.q_lens),
+        max_kv_len=max(case.kv_lens),
+        num_kv_heads=case.num_kv_heads,
+        group=case.group,
+        head_dim=case.head_dim,
+        fp16=case.dtype == torch.float16,
+        causal=case.causal,
+    )
 
 
 def check(problem: Problem, out: torch.Tensor, lse: torch.Tensor) -> None:
@@ -126,13 +155,20 @@ def check(problem: Problem, out: torch.Tensor, lse: torch.Tensor) -> None:
 
     PyTorch computes the output in the dtype of the case, and the LSE, which every kernel keeps in fp32, in fp32.
     """
+    true_lse = check_out(problem, out)
+    inputs = (problem.q, problem.k_cache, problem.v_cache)
+    _, plain_lse = reference.paged_attention(*inputs, *problem.table, **problem.masks, dtype=torch.float32)
+    assert_close("lse", lse, true_lse, plain_lse, problem.case, terms=problem.case.head_dim)
+
+
+def check_out(problem: Problem, out: torch.Tensor) -> torch.Tensor:
+    """As `check`, of the output alone; returns the true LSE."""
     inputs = (problem.q, problem.k_cache, problem.v_cache)
     q, k, v = (tensor.double() for tensor in inputs)
     true_out, true_lse = reference.paged_attention(q, k, v, *problem.table, **problem.masks)
     plain_out, _ = reference.paged_attention(*inputs, *problem.table, **problem.masks, dtype=problem.q.dtype)
-    _, plain_lse = reference.paged_attention(*inputs, *problem.table, **problem.masks, dtype=torch.float32)
     assert_close("out", out, true_out, plain_out, problem.case)
-    assert_close("lse", lse, true_lse, plain_lse, problem.case, terms=problem.case.head_dim)
+    return true_lse
 
 
 def assert_close(

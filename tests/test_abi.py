@@ -84,5 +84,5 @@ def test_the_target_is_the_one_that_the_build_uses() -> None:
 
 def test_it_loads_and_registers_its_ops() -> None:
     assert load_library() == library_path()
-    for op in ("page_table", "plan", "attend", "summarize", "select", "build_info"):
+    for op in ("page_table", "plan", "attend", "summarize", "select", "cublaslt_workspace", "build_info"):
         assert torch.ops.flashcore.__getattr__(op).default._schema.name == f"flashcore::{op}"

@@ -187,7 +187,7 @@ def test_random(variant: str, case: Case, num_ctas: int) -> None:
 
 def test_build_info() -> None:
     info = json.loads(ops.build_info())
-    assert set(info) == {"cuda", "nvcc", "archs", "cudart", "variants"}
+    assert set(info) == {"cuda", "nvcc", "archs", "cudart", "cublaslt", "variants", "missing"}
     assert "cpu" in info["variants"]
 
 

@@ -18,6 +18,7 @@ from flashcore_sglang.variants import (
     choose,
     compiled,
     describe,
+    missing,
     parse_shape,
     unavailable,
     unfit,
@@ -56,6 +57,15 @@ CASES = [
     Case("blackwell has no wgmma", LLAMA, B200, "wmma_sm80", 296),
     Case("cpu, fp32", replace(LLAMA, dtype="fp32", page_size=5), CPU, "cpu", 8),
 ]
+
+
+def test_a_variant_that_lacks_a_library_says_which() -> None:
+    device = replace(H200, compiled=ALL - {"cublaslt"}, missing={"cublaslt": "needs libcublasLt.so.13"})
+    assert unavailable(BY_NAME["cublaslt"], device) == "needs libcublasLt.so.13"
+    with pytest.raises(UnsupportedError, match=r"variant cublaslt needs libcublasLt.so.13; use variant wgmma_sm90"):
+        choose(replace(LLAMA, phase="prefill"), device, "cublaslt")
+    info = json.dumps({"variants": ["cpu"], "missing": dict(device.missing)})
+    assert missing(info) == device.missing
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

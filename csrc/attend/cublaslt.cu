@@ -1,0 +1,319 @@
+// Attention by cuBLASLt: S = Q K^T and O += P V as strided-batched matmuls over (request, KV head) pairs, the query
+// heads of a KV head side by side in the rows, and one softmax kernel between them. cublaslt_schedule.h says how a
+// batch is cut.
+//
+// The traffic of S and P is what this variant takes its time for. S is in fp16 (Q and K as well), half of what fp32
+// takes, with a rounding that weighs as much as that of P in fp16. An LSE, which is asked for in fp32, takes S in fp32.
+// Accumulation is fp32 throughout.
+#include <cuda_runtime.h>
+
+#include <functional>
+#include <map>
+#include <mutex>
+#include <set>
+#include <sstream>
+
+#include "attend/cublaslt.h"
+#include "attend/cublaslt_kernels.cuh"
+#include "attend/cublaslt_matmul.h"
+#include "check.h"
+
+namespace flashcore {
+namespace {
+
+using cublaslt::Chunk;
+using cublaslt::kThreads;
+using cublaslt::kWarps;
+using cublaslt::Unit;
+
+// -----------------------------------------------------------------------------------------------------------------
+// lanes
+
+void check(cudaError_t error, const char* call) {
+  require(error == cudaSuccess, "cublaslt", call, ": expected success, got ", cudaGetErrorString(error));
+}
+
+// Streams beside the caller's, made once a device. In a capture they join the caller's graph.
+class Lanes {
+ public:
+  static Lanes& of_current_device() {
+    static std::mutex mutex;
+    static std::map<int, Lanes> lanes;
+    const std::lock_guard lock(mutex);
+    int device = 0;
+    check(cudaGetDevice(&device), "cudaGetDevice");
+    return lanes[device];
+  }
+
+  Lanes() {
+    check(cudaEventCreateWithFlags(&fork_, cudaEventDisableTiming), "cudaEventCreate");
+    for (int i = 1; i < CublasLtSchedule::kMaxLanes; ++i) {
+      check(cudaStreamCreateWithFlags(&streams_[i], cudaStreamNonBlocking), "cudaStreamCreate");
+      check(cudaEventCreateWithFlags(&joins_[i], cudaEventDisableTiming), "cudaEventCreate");
+    }
+  }
+  Lanes(const Lanes&) = delete;
+  Lanes& operator=(const Lanes&) = delete;
+
+  // Calls work(stream of each lane), ordered after what `stream` holds and before what it gets next.
+  template <class Work>
+  void run(cudaStream_t stream, int count, const Work& work) {
+    const std::lock_guard lock(mutex_);
+    streams_[0] = stream;
+    check(cudaEventRecord(fork_, stream), "cudaEventRecord");
+    for (int i = 1; i < count; ++i) check(cudaStreamWaitEvent(streams_[i], fork_), "cudaStreamWaitEvent");
+    work(streams_);
+    for (int i = 1; i < count; ++i) {
+      check(cudaEventRecord(joins_[i], streams_[i]), "cudaEventRecord");
+      check(cudaStreamWaitEvent(stream, joins_[i]), "cudaStreamWaitEvent");
+    }
+  }
+
+ private:
+  std::mutex mutex_;  // one run at a time hands out work
+  cudaStream_t streams_[CublasLtSchedule::kMaxLanes] = {};
+  cudaEvent_t fork_ = nullptr, joins_[CublasLtSchedule::kMaxLanes] = {};
+};
+
+// ---------------------------------------------------------------------------------------------------------------
+// matmuls
+
+// The two products of a chunk, and where their operands lie.
+struct Products {
+  const CublasLtShape& shape;
+  const CublasLtSchedule& schedule;
+  int rows = schedule.block * shape.group;
+
+  MatmulShape qk(int keys, int pairs) const {
+    if (shape.fp32_scores) return {true, shape.dtype, DType::fp32, rows, keys, shape.head_dim, pairs};
+    return {true, DType::fp16, DType::fp16, rows, keys, shape.head_dim, pairs};
+  }
+  MatmulShape pv(int keys, int pairs) const {
+    return {false, shape.dtype, DType::fp32, rows, shape.head_dim, keys, pairs};
+  }
+
+  MatmulArg queries(const Unit& unit, int first_query) const {
+    return {element(unit.q, int64_t{first_query} * shape.group * shape.head_dim), shape.head_dim,
+            int64_t{schedule.qo_len} * shape.group * shape.head_dim};
+  }
+  MatmulArg keys(void* base, int key_begin) const {
+    return {element(base, int64_t{key_begin} * shape.head_dim), shape.head_dim,
+            int64_t{schedule.kv_len} * shape.head_dim};
+  }
+  MatmulArg scores(const Unit& unit, int keys) const { return {unit.scores, keys, int64_t{rows} * keys}; }
+  // P lies over S: rows of halves, as far apart as the rows of S.
+  MatmulArg probabilities(const Unit& unit, int keys) const {
+    const int64_t stride = int64_t{keys} * (shape.fp32_scores ? 2 : 1);
+    return {unit.scores, stride, rows * stride};
+  }
+  MatmulArg output(const Unit& unit, int first_query) const {
+    const int64_t token = int64_t{shape.group} * shape.head_dim;
+    return {unit.o + first_query % schedule.span * token, shape.head_dim, schedule.span * token};
+  }
+
+ private:
+  static void* element(void* base, int64_t index) { return static_cast<uint16_t*>(base) + index; }
+};
+
+struct Workspace {
+  char* data;
+  int64_t matmul_bytes;  // of each lane
+
+  Unit unit(const CublasLtSchedule& s, int index) const {
+    char* lane = data + index % s.lanes * s.lane_bytes;
+    return {
+        .q = lane + s.q,
+        .k = lane + s.k,
+        .v = lane + s.v,
+        .scores = lane + s.scores,
+        .o = reinterpret_cast<float*>(lane + s.o),
+        .max = reinterpret_cast<float*>(lane + s.max),
+        .sum = reinterpret_cast<float*>(lane + s.sum),
+        .first_pair = index * s.unit,
+        .pairs = s.pairs_of(index),
+        .qo_len = s.qo_len,
+        .kv_len = s.kv_len,
+        .offset = s.offset,
+        .span = s.span,
+        .block = s.block,
+    };
+  }
+  void* matmul(const CublasLtSchedule& s, int lane) const {
+    return data + s.lanes * s.lane_bytes + lane * matmul_bytes;
+  }
+};
+
+// Calls visit(chunk) for the chunks of a block of queries.
+template <class Visit>
+void for_each_chunk(const CublasLtSchedule& s, bool causal, int first_query, const Visit& visit) {
+  const int visible = s.visible(first_query, causal);
+  for (int begin = 0; begin < visible; begin += s.chunk) {
+    visit(Chunk{first_query, begin, std::min(s.chunk, visible - begin), begin == 0});
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// kernels
+
+unsigned blocks(int64_t items, int per_block) { return static_cast<unsigned>((items + per_block - 1) / per_block); }
+
+template <int kHeadDim>
+void gather(const AttendParams& p, const Unit& unit, bool to_half, cudaStream_t stream) {
+  const int group = p.num_qo_heads / p.num_kv_heads;
+  const int64_t rows = int64_t{unit.pairs} * (unit.kv_len + unit.qo_len * group);
+  const auto kernel = to_half ? cublaslt::gather_kernel<kHeadDim, true> : cublaslt::gather_kernel<kHeadDim, false>;
+  kernel<<<blocks(rows, kThreads * 8 / kHeadDim), kThreads, 0, stream>>>(p, unit);
+}
+
+void gather(const AttendParams& p, const Unit& unit, bool to_half, cudaStream_t stream) {
+  switch (p.head_dim) {
+    case 64:
+      return gather<64>(p, unit, to_half, stream);
+    case 128:
+      return gather<128>(p, unit, to_half, stream);
+    case 256:
+      return gather<256>(p, unit, to_half, stream);
+  }
+  fail("cublaslt", "head_dim: expected 64, 128 or 256, got ", p.head_dim, "; use another variant");
+}
+
+template <typename Element, typename Score>
+void softmax(const AttendParams& p, const Unit& unit, const Chunk& chunk, cudaStream_t stream) {
+  const auto kernel = chunk.keys <= 512    ? cublaslt::softmax_kernel<Element, Score, 512>
+                      : chunk.keys <= 1024 ? cublaslt::softmax_kernel<Element, Score, 1024>
+                      : chunk.keys <= 2048 ? cublaslt::softmax_kernel<Element, Score, 2048>
+                                           : cublaslt::softmax_kernel<Element, Score, 4096>;
+  static_assert(CublasLtSchedule::kMaxChunk <= 4096);
+  const int64_t rows = int64_t{unit.pairs} * unit.block * (p.num_qo_heads / p.num_kv_heads);
+  kernel<<<blocks(rows, kWarps), kThreads, 0, stream>>>(p, unit, chunk);
+}
+
+// One unit, from its pages to its part of the output.
+template <typename Element>
+void run_unit(const AttendParams& p, const CublasLtShape& shape, const CublasLtSchedule& schedule,
+              const Workspace& workspace, int index, cudaStream_t stream) {
+  const Products products{shape, schedule};
+  const Unit unit = workspace.unit(schedule, index);
+  void* matmul_workspace = workspace.matmul(schedule, index % schedule.lanes);
+  gather(p, unit, std::is_same_v<Element, __nv_bfloat16> && !shape.fp32_scores, stream);
+  for (int first_query = 0; first_query < schedule.qo_len; first_query += schedule.block) {
+    for_each_chunk(schedule, p.causal, first_query, [&](const Chunk& chunk) {
+      run_matmul(products.qk(chunk.keys, unit.pairs),
+                 {products.queries(unit, first_query), products.keys(unit.k, chunk.key_begin),
+                  products.scores(unit, chunk.keys), p.sm_scale * kLog2E, 0.0f, matmul_workspace,
+                  workspace.matmul_bytes, stream});
+      const auto softmax_kernel = shape.fp32_scores ? softmax<Element, float> : softmax<Element, __half>;
+      softmax_kernel(p, unit, chunk, stream);
+      run_matmul(products.pv(chunk.keys, unit.pairs),
+                 {products.probabilities(unit, chunk.keys), products.keys(unit.v, chunk.key_begin),
+                  products.output(unit, first_query), 1.0f, chunk.first ? 0.0f : 1.0f, matmul_workspace,
+                  workspace.matmul_bytes, stream});
+    });
+    const int end = first_query + schedule.block, open = first_query % schedule.span + schedule.block;
+    if (open < schedule.span && end < schedule.qo_len) continue;
+    const unsigned ctas = blocks(int64_t{unit.pairs} * open * shape.group, kWarps);
+    cublaslt::output_kernel<Element><<<ctas, kThreads, 0, stream>>>(p, unit, end - open, open);
+  }
+}
+
+// --------------------------------------------------------------------------------------------------------------
+// planning
+
+Algorithms parse(const std::string& lines) {
+  Algorithms algorithms;
+  std::istringstream stream(lines);
+  for (std::string line; std::getline(stream, line);) {
+    const size_t equals = line.find('=');
+    if (equals != std::string::npos) algorithms[line.substr(0, equals)] = line.substr(equals + 1);
+  }
+  return algorithms;
+}
+
+Workspace workspace_of(const CublasLtSchedule& schedule, void* data, int64_t bytes) {
+  require(bytes >= schedule.bytes(), "cublaslt", "workspace: expected at least ", schedule.bytes(), " bytes, got ",
+          bytes, "; allocate what cublaslt_workspace says for the batch's longest requests");
+  return {static_cast<char*>(data), (bytes - schedule.bytes()) / schedule.lanes / 256 * 256};
+}
+
+// Adds the algorithms of the matmuls of `shape` to `found`.
+void plan_matmuls(const CublasLtShape& shape, void* data, int64_t bytes, int64_t matmul_bytes, const Algorithms& known,
+                  cudaStream_t stream, Algorithms& found) {
+  const CublasLtSchedule schedule(shape);
+  const Workspace workspace = workspace_of(schedule, data, bytes);
+  require(workspace.matmul_bytes >= matmul_bytes, "cublaslt", "workspace: expected ", matmul_bytes,
+          " bytes for the matmuls of each lane, got ", workspace.matmul_bytes,
+          "; allocate what cublaslt_workspace says");
+  const Products products{shape, schedule};
+  const Unit unit = workspace.unit(schedule, 0);
+  const auto plan = [&](const MatmulShape& matmul, const MatmulArg& a, const MatmulArg& b, const MatmulArg& d) {
+    if (found.contains(matmul.text())) return;
+    const int64_t count = schedule.o / 2;  // everything before O, in halves
+    const bool bf16 = shape.dtype == DType::bf16;
+    if (bf16) cublaslt::noise_kernel<<<1024, kThreads, 0, stream>>>(static_cast<__nv_bfloat16*>(unit.q), count);
+    if (!bf16) cublaslt::noise_kernel<<<1024, kThreads, 0, stream>>>(static_cast<__half*>(unit.q), count);
+    found[matmul.text()] =
+        plan_matmul(matmul, {a, b, d, 1.0f, 0.0f, workspace.matmul(schedule, 0), matmul_bytes, stream}, known);
+  };
+  for (const int pairs : std::set<int>{schedule.pairs_of(0), schedule.pairs_of(schedule.num_units - 1)}) {
+    for (int first_query = 0; first_query < schedule.qo_len; first_query += schedule.block) {
+      for_each_chunk(schedule, shape.causal, first_query, [&](const Chunk& chunk) {
+        plan(products.qk(chunk.keys, pairs), products.queries(unit, 0), products.keys(unit.k, 0),
+             products.scores(unit, chunk.keys));
+        plan(products.pv(chunk.keys, pairs), products.probabilities(unit, chunk.keys), products.keys(unit.v, 0),
+             products.output(unit, 0));
+      });
+    }
+  }
+}
+
+}  // namespace
+
+// -------------------------------------------------------------------------------------------------------------
+// interface
+
+int64_t cublaslt_workspace_bytes(const CublasLtShape& shape, int64_t matmul_bytes) {
+  int64_t bytes = 0;
+  for (const int fp32_scores : {0, 1}) {
+    CublasLtShape either = shape;
+    either.fp32_scores = fp32_scores;
+    const CublasLtSchedule schedule(either);
+    bytes = std::max(bytes, schedule.bytes() + schedule.lanes * ((matmul_bytes + 255) / 256 * 256));
+  }
+  return bytes;
+}
+
+std::string plan_cublaslt(CublasLtShape shape, void* workspace, int64_t workspace_bytes, int64_t matmul_bytes,
+                          const std::string& known, void* stream) {
+  Lanes::of_current_device();
+  const Algorithms algorithms = parse(known);
+  Algorithms found;
+  for (const int fp32_scores : {1, 0}) {
+    shape.fp32_scores = fp32_scores;
+    plan_matmuls(shape, workspace, workspace_bytes, matmul_bytes, algorithms, static_cast<cudaStream_t>(stream), found);
+  }
+  std::string lines;
+  for (const auto& [matmul, algorithm] : found) lines += matmul + "=" + algorithm + "\n";
+  return lines;
+}
+
+int run_attend_cublaslt(const AttendParams& p) {
+  const bool bf16 = p.dtype == DType::bf16;
+  require(p.window_left < 0 && p.logits_soft_cap == 0.0f, "cublaslt",
+          "expected neither window_left nor logits_soft_cap, got ", p.window_left, " and ", p.logits_soft_cap,
+          "; use another variant");
+  require(p.workspace != nullptr && p.max_qo_len > 0, "cublaslt",
+          "expected a workspace and the lengths of the longest requests, got none; call cublaslt_plan first");
+  const CublasLtShape shape{p.batch,    p.max_qo_len, p.max_kv_len, p.num_kv_heads,  p.num_qo_heads / p.num_kv_heads,
+                            p.head_dim, p.dtype,      p.causal,     p.lse != nullptr};
+  const CublasLtSchedule schedule(shape);
+  const Workspace workspace = workspace_of(schedule, p.workspace, p.workspace_bytes);
+  Lanes::of_current_device().run(static_cast<cudaStream_t>(p.stream), schedule.lanes, [&](const cudaStream_t* streams) {
+    for (int index = 0; index < schedule.num_units; ++index) {
+      const auto run = bf16 ? run_unit<__nv_bfloat16> : run_unit<__half>;
+      run(p, shape, schedule, workspace, index, streams[index % schedule.lanes]);
+    }
+  });
+  return cudaGetLastError();
+}
+
+}  // namespace flashcore
