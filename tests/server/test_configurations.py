@@ -32,8 +32,8 @@ CONFIGURATIONS = (
         retracts=True,
     ),
     Configuration(
-        "page-5-window",
-        "--page-size 5 --max-total-tokens 20000 --chunked-prefill-size 100",
+        "page-8-window",  # SGLang 0.5.17 allocates pages of powers of two only
+        "--page-size 8 --max-total-tokens 20000 --chunked-prefill-size 96",
         {"FLASHCORE_POLICY": "window", "FLASHCORE_SINK_TOKENS": "20", "FLASHCORE_RECENT_TOKENS": "4000"},
     ),
     Configuration(
