@@ -7,11 +7,12 @@
 // Accumulation is fp32 throughout.
 #include <cuda_runtime.h>
 
-#include <functional>
+#include <algorithm>
 #include <map>
 #include <mutex>
 #include <set>
 #include <sstream>
+#include <type_traits>
 
 #include "attend/cublaslt.h"
 #include "attend/cublaslt_kernels.cuh"
@@ -33,7 +34,8 @@ void check(cudaError_t error, const char* call) {
   require(error == cudaSuccess, "cublaslt", call, ": expected success, got ", cudaGetErrorString(error));
 }
 
-// Streams beside the caller's, made once a device. In a capture they join the caller's graph.
+// Streams beside the caller's, made once a device. In a capture they belong to the graph until it ends: nothing else
+// may run on them meanwhile.
 class Lanes {
  public:
   static Lanes& of_current_device() {
