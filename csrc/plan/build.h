@@ -1,10 +1,10 @@
-// From page tables (and the walks of share.h) to a whole plan, in data-parallel steps.
+// From page tables (and the walks of share.h) to rows, cuts and CTA ranges: everything in a plan that needs a sum over
+// what comes before. write.h writes the rest of it, each item by itself.
 //
-// Team runs them: one CPU thread, or the threads of one CTA. It offers
-//   for_each(n, f)             f(i) for every i, finished when it returns
-//   scan(n, value, f)          f(i, sum of value(j) for j < i) for every i; returns the whole sum
-//   rank(n, key, f)            f(i, how many j < i have the same key), counted on in counter[key]; keys < 0 are left
-//   out
+// Team runs it: one CPU thread, or the threads of one CTA. It offers
+//   for_each(n, f)       f(i) for every i, finished when it returns
+//   scan(n, value, f)    f(i, sum of value(j) for j < i) for every i; returns the whole sum. f(i) follows value(i) in
+//                        the same thread, so that the one may leave something for the other in a captured variable
 // so that both produce the same plan from the same source.
 #pragma once
 
@@ -19,15 +19,61 @@ struct Two {
   FLASHCORE_HD Two operator+(const Two& other) const { return {first + other.first, second + other.second}; }
 };
 
-// The members of a node stand in rows as even as they come, in the order of their ranks.
+// The members of a node stand in rows as even as they come, the longer ones first, in the order of their ranks.
 struct NodeRows {
-  int32_t members, rows;
+  int32_t rows, length, longer;
 
-  FLASHCORE_HD NodeRows(const PlanParams& p, int32_t members)
-      : members(members), rows(ceil_div(members, tokens_per_row(p))) {}
-  FLASHCORE_HD int32_t first(int32_t row) const { return static_cast<int32_t>(int64_t{members} * row / rows); }
+  FLASHCORE_HD NodeRows(const PlanParams& p, int32_t members) : rows(ceil_div(members, tokens_per_row(p))) {
+    length = rows > 0 ? members / rows : 0;
+    longer = members - length * rows;
+  }
+  FLASHCORE_HD int32_t first(int32_t row) const { return row * length + (row < longer ? row : longer); }
   FLASHCORE_HD int32_t row_of(int32_t rank) const {
-    return static_cast<int32_t>((static_cast<int64_t>(rank + 1) * rows - 1) / members);
+    const int32_t even = longer * (length + 1);
+    return rank < even ? rank / (length + 1) : longer + (rank - even) / length;
+  }
+};
+
+// What a row adds to the plan, as if the line were not cut.
+struct RowSum {
+  int64_t cost, pages;
+  int32_t tiles, partials;
+
+  FLASHCORE_HD RowSum operator+(const RowSum& other) const {
+    return {cost + other.cost, pages + other.pages, tiles + other.tiles, partials + other.partials};
+  }
+};
+
+// How the pairs of a row are cut without regard to the line: every split_units units. Only requests of one token are
+// long enough to need it, and only in deterministic mode.
+struct FixedCuts {
+  int32_t split_units, tiles;
+
+  FLASHCORE_HD FixedCuts(const PlanParams& p, const Row& row, int32_t units) : split_units(units), tiles(1) {
+    if (p.split_keys == 0 || p.plan.qo_indptr[row.request + 1] - p.plan.qo_indptr[row.request] != 1) return;
+    split_units = p.split_keys / kSplitUnit;
+    tiles = ceil_div(units, split_units);
+  }
+  // Whether all tiles of the row leave partial results, even if the line cuts none of its pairs.
+  FLASHCORE_HD bool merged(const Row& row) const { return tiles > 1 || !(row.flags & kSole); }
+};
+
+// What a request adds to the plan.
+struct RequestRows {
+  Request request;
+  int32_t levels = 0;
+  int32_t packed_end = 0;  // first key that is in no packed row
+
+  FLASHCORE_HD RequestRows(const PlanParams& p, const Scratch& s, bool share, int32_t r) : request(request_of(p, r)) {
+    if (share) levels = s.levels[r];
+    if (levels > 0) packed_end = s.chain_end[r * kMaxLevels + levels - 1] * p.page_size;
+  }
+  FLASHCORE_HD int32_t own_rows(const PlanParams& p) const {
+    if (request.q_len == 1) return packed_end == 0 || packed_end < request.kv_len;
+    return ceil_div(request.q_len, tokens_per_row(p));
+  }
+  FLASHCORE_HD int32_t merge_entries(const PlanParams& p) const {
+    return request.q_len == 1 ? levels + own_rows(p) : request.q_len;
   }
 };
 
@@ -44,234 +90,154 @@ struct Builder {
   FLASHCORE_TEAM void build() {
     const Plan& plan = p.plan;
     if (!batch_fits(p)) return give_up();
-    const Two packed = share ? pack_nodes() : Two{0, 0};
-    const Two own = place_requests(packed.first);
-    const int32_t num_rows = packed.first + own.first, num_merge = own.second;
-    if (num_rows > plan.max_rows || packed.second > plan.max_row_tokens || num_merge > plan.max_merge) return give_up();
-    if (share) write_node_rows();
-    if (p.policy == Policy::window) write_window_lists();
-    write_tokens(plan.qo_indptr[p.batch], num_merge);
-    cut_tiles(num_rows, packed.first);
+    const Two packed = share ? place_nodes() : Two{0, 0};
+    const Two whole = place_requests(packed.first);
+    const int32_t num_rows = whole.first, num_packed = packed.first;
+    if (num_rows > plan.max_rows || packed.second > plan.max_row_tokens || whole.second > plan.max_merge) {
+      return give_up();
+    }
+    const RowSum sum = place_rows(num_rows, num_packed);
+    const Two cuts = cut_line(num_rows, sum);
+    const int32_t num_tiles = sum.tiles + cuts.first, num_partials = sum.partials + cuts.second;
+    if (num_tiles > plan.max_tiles || num_partials > plan.max_partials) return give_up();
+    team.for_each(1, [&](int32_t) {
+      plan.tile_indptr[num_rows * p.num_kv_heads] = num_tiles;
+      plan.counts[kNumRows] = num_rows;
+      plan.counts[kNumTiles] = num_tiles;
+      plan.counts[kNumPartials] = num_partials;
+      plan.counts[kPagesRead] = static_cast<int32_t>(sum.pages);
+      plan.counts[kPagesDense] = plan.kv_indptr[p.batch];
+      plan.counts[kRowsPacked] = num_packed;
+      plan.counts[kOverflow] = 0;
+      plan.counts[kNextTile] = 0;
+    });
   }
 
  private:
-  FLASHCORE_TEAM int32_t levels_of(int32_t r) const { return share ? s.levels[r] : 0; }
-
-  // First key of a request that is in no packed row.
-  FLASHCORE_TEAM int32_t packed_end(int32_t r) const {
-    const int32_t levels = levels_of(r);
-    return levels > 0 ? s.chain_end[r * kMaxLevels + levels - 1] * p.page_size : 0;
-  }
-
-  FLASHCORE_TEAM int32_t own_rows(int32_t r, const Request& request) const {
-    if (request.q_len == 1) return packed_end(r) == 0 || packed_end(r) < request.kv_len;
-    return ceil_div(request.q_len, tokens_per_row(p));
-  }
-
-  // Settles who is in which node; returns the rows and the entries of row_tokens of all nodes.
-  FLASHCORE_TEAM Two pack_nodes() {
-    const int32_t num_nodes = p.batch * kMaxLevels;
-    team.for_each(p.batch, [&](int32_t r) {
-      s.levels[r] = confirmed_levels(s, r);
-      for (int32_t level = 0; level < kMaxLevels; ++level) s.members[r * kMaxLevels + level] = 0;
-    });
-    // A node has the same level in all its members, so levels can be counted side by side.
-    team.rank(
-        p.batch, kMaxLevels,
-        [&](int32_t r, int32_t level) {
-          return level < s.levels[r] ? s.chain_owner[r * kMaxLevels + level] * kMaxLevels + level : -1;
-        },
-        s.members, [&](int32_t r, int32_t level, int32_t rank) { s.chain_rank[r * kMaxLevels + level] = rank; });
+  FLASHCORE_TEAM Two place_nodes() {
     return team.template scan<Two>(
-        num_nodes, [&](int32_t node) { return Two{NodeRows(p, s.members[node]).rows, s.members[node]}; },
+        p.batch * kMaxLevels, [&](int32_t node) { return Two{NodeRows(p, s.members[node]).rows, s.members[node]}; },
         [&](int32_t node, Two before) {
           s.node_row[node] = before.first;
           s.node_token[node] = before.second;
         });
   }
 
-  // Numbers the rows and merge entries of each request behind those of the nodes.
+  // Rows of requests stand behind those of nodes.
   FLASHCORE_TEAM Two place_requests(int32_t first_row) {
-    return team.template scan<Two>(
+    const Two sum = team.template scan<Two>(
         p.batch,
         [&](int32_t r) {
-          const Request request = request_of(p, r);
-          const int32_t rows = own_rows(r, request);
-          return Two{rows, request.q_len == 1 ? levels_of(r) + rows : request.q_len};
+          const RequestRows rows(p, s, share, r);
+          return Two{rows.own_rows(p), rows.merge_entries(p)};
         },
         [&](int32_t r, Two before) {
           s.request_row[r] = first_row + before.first;
           s.request_merge[r] = before.second;
         });
-  }
-
-  FLASHCORE_TEAM void write_node_rows() {
-    team.for_each(p.batch * kMaxLevels, [&](int32_t node) {
-      const NodeRows rows(p, s.members[node]);
-      const int32_t owner = node / kMaxLevels;
-      for (int32_t i = 0; i < rows.rows; ++i) {
-        const int32_t first = rows.first(i), count = rows.first(i + 1) - first;
-        p.plan.rows[s.node_row[node] + i] =
-            dense_row(p, request_of(p, owner), owner, s.node_token[node] + first, count,
-                      s.chain_begin[node] * p.page_size, s.chain_end[node] * p.page_size, kPacked);
-      }
-    });
-  }
-
-  FLASHCORE_TEAM void write_window_lists() {
-    const int32_t pages = sparse_pages(p);
-    team.for_each(p.batch * pages, [&](int32_t i) {
-      const int32_t r = i / pages, k = i % pages;
-      const Request request = request_of(p, r);
-      if (!is_sparse(p, request)) return;
-      const int32_t column = k < p.sink_pages ? k : request.pages - pages + k;
-      p.plan.kv_indices[list_begin(p, r) + k] = p.plan.kv_indices[request.page_begin + column];
-    });
-  }
-
-  FLASHCORE_TEAM void write_tokens(int32_t tokens, int32_t num_merge) {
-    team.for_each(p.num_tokens + 1, [&](int32_t t) {
-      if (t < tokens) {
-        write_token(t);
-      } else {  // padding: in no row
-        p.plan.merge_indptr[t] = num_merge;
-        if (t < p.num_tokens) p.plan.positions[t] = 0;
-      }
-    });
-  }
-
-  // A token's position, its merge entries, and the row that begins with it.
-  FLASHCORE_TEAM void write_token(int32_t t) {
-    const Plan& plan = p.plan;
-    const int32_t r = find_segment(plan.qo_indptr, 0, p.batch, t);
-    const Request request = request_of(p, r);
-    const int32_t i = t - request.q_begin, most = tokens_per_row(p);
-    plan.positions[t] = request.kv_len - request.q_len + i;
-    int32_t row = s.request_row[r];
-    if (request.q_len > 1) {
-      const int32_t entry = s.request_merge[r] + i;
-      plan.merge_indptr[t] = entry;
-      write_merge(entry, row + i / most, i % most);
-      if (i % most == 0) plan.rows[row + i / most] = own_row(p, request, r, i);
-      return;
-    }
-    int32_t entry = s.request_merge[r];
-    plan.merge_indptr[t] = entry;
-    for (int32_t level = 0; level < levels_of(r); ++level) {
-      const int32_t at = r * kMaxLevels + level, node = s.chain_owner[at] * kMaxLevels + level;
-      const int32_t rank = s.chain_rank[at];
-      const NodeRows rows(p, s.members[node]);
-      const int32_t i_row = rows.row_of(rank);
-      plan.row_tokens[s.node_token[node] + rank] = t;
-      write_merge(entry++, s.node_row[node] + i_row, rank - rows.first(i_row));
-    }
-    if (own_rows(r, request) == 0) return;
-    write_merge(entry, row, 0);
-    if (is_sparse(p, request)) {
-      plan.rows[row] = sparse_row(p, request, r);
-    } else if (levels_of(r) > 0) {
-      plan.rows[row] = dense_row(p, request, r, t, 1, packed_end(r), request.kv_len, 0);
-    } else {
-      plan.rows[row] = own_row(p, request, r, 0);
-    }
-  }
-
-  FLASHCORE_TEAM void write_merge(int32_t entry, int32_t row, int32_t token_in_row) {
-    p.plan.merge_rows[2 * entry] = row;
-    p.plan.merge_rows[2 * entry + 1] = token_in_row;
-  }
-
-  FLASHCORE_TEAM Cut cut_of(const Line& line, int32_t pair) const {
-    const int32_t row = pair / p.num_kv_heads, head = pair % p.num_kv_heads;
-    const Row& r = p.plan.rows[row];
-    const PairWork work = work_of(r, p.group);
-    // Rows of several tokens are many; only requests of one token are long enough to need fixed cuts.
-    const bool fixed = p.split_keys > 0;
-    const bool one_token = fixed && p.plan.qo_indptr[r.request + 1] - p.plan.qo_indptr[r.request] == 1;
-    const int32_t split_units = !fixed ? 0 : one_token ? p.split_keys / kSplitUnit : work.units;
-    return Cut(line, work, s.row_cost[row] + head * work.total(), split_units);
-  }
-
-  FLASHCORE_TEAM void cut_tiles(int32_t num_rows, int32_t num_packed_rows) {
-    const Plan& plan = p.plan;
-    const int64_t work = team.template scan<int64_t>(
-        num_rows, [&](int32_t row) { return p.num_kv_heads * work_of(plan.rows[row], p.group).total(); },
-        [&](int32_t row, int64_t before) { s.row_cost[row] = before; });
-    const int64_t pages_read = team.template scan<int64_t>(
-        num_rows, [&](int32_t row) { return int64_t{ceil_div(plan.rows[row].kv_len, p.page_size)}; },
-        [](int32_t, int64_t) {});
-    const Line line(work, plan.num_ctas, p.split_keys == 0);
-
-    // Where each pair's tiles and partials start; the first tile keeps the latter until the tiles are written.
-    const int32_t num_pairs = num_rows * p.num_kv_heads;
-    const Two sum = team.template scan<Two>(
-        num_pairs,
-        [&](int32_t pair) {
-          const Cut cut = cut_of(line, pair);
-          const int32_t tiles = cut.num_tiles();
-          const bool direct = tiles == 1 && (plan.rows[pair / p.num_kv_heads].flags & kSole);
-          return Two{tiles, direct ? 0 : tiles * cut.work.packed};
-        },
-        [&](int32_t pair, Two before) {
-          plan.tile_indptr[pair] = before.first;
-          if (before.first < plan.max_tiles) plan.tiles[before.first].partial = before.second;
-        });
-    if (sum.first > plan.max_tiles || sum.second > plan.max_partials) return give_up();
-    team.for_each(1, [&](int32_t) { plan.tile_indptr[num_pairs] = sum.first; });
-    team.for_each(sum.first, [&](int32_t tile) { write_tile(line, num_pairs, tile); });
-    finish(num_rows, num_packed_rows, sum, pages_read, line);
-  }
-
-  FLASHCORE_TEAM void write_tile(const Line& line, int32_t num_pairs, int32_t tile) {
-    const Plan& plan = p.plan;
-    // Balanced tiles outnumber their pairs by less than a tile for each CTA.
-    const int32_t most = tile < num_pairs ? tile + 1 : num_pairs;
-    const int32_t least = p.split_keys == 0 && tile > plan.num_ctas ? tile - plan.num_ctas : 0;
-    const int32_t pair = find_segment(plan.tile_indptr, least, most, tile);
-    const int32_t first = plan.tile_indptr[pair], k = tile - first, num_tiles = plan.tile_indptr[pair + 1] - first;
-    const Row& row = plan.rows[pair / p.num_kv_heads];
-    const Cut cut = cut_of(line, pair);
-    const int32_t end = cut.first_unit(k + 1) * kSplitUnit;
-    const bool direct = num_tiles == 1 && (row.flags & kSole);
-    Tile& t = plan.tiles[tile];
-    t.pair = pair;
-    t.kv_begin = cut.first_unit(k) * kSplitUnit;
-    t.kv_end = k + 1 < num_tiles && end < row.kv_len ? end : row.kv_len;
-    if (direct) {
-      t.partial = -1;
-    } else if (k > 0) {
-      t.partial = plan.tiles[first].partial + k * cut.work.packed;
-    }
-    // CTAs after the previous tile's, up to this one's, start here.
-    int32_t before = -1;
-    if (k > 0) {
-      before = cut.cta_of_tile(k - 1);
-    } else if (pair > 0) {
-      const Cut previous = cut_of(line, pair - 1);
-      before = previous.cta_of_tile(first - plan.tile_indptr[pair - 1] - 1);
-    }
-    for (int32_t cta = before + 1; cta <= cut.cta_of_tile(k); ++cta) plan.cta_indptr[cta] = tile;
-  }
-
-  FLASHCORE_TEAM void finish(int32_t num_rows, int32_t num_packed_rows, Two sum, int64_t pages_read, const Line& line) {
-    const Plan& plan = p.plan;
-    // CTAs behind the last tile's have none.
-    int32_t last = -1;
-    if (num_rows > 0) {
-      const int32_t pair = num_rows * p.num_kv_heads - 1;
-      last = cut_of(line, pair).cta_of_tile(sum.first - plan.tile_indptr[pair] - 1);
-    }
-    team.for_each(plan.num_ctas - last, [&](int32_t i) { plan.cta_indptr[last + 1 + i] = sum.first; });
+    const Two whole = {first_row + sum.first, sum.second};
     team.for_each(1, [&](int32_t) {
-      plan.counts[kNumRows] = num_rows;
-      plan.counts[kNumTiles] = sum.first;
-      plan.counts[kNumPartials] = sum.second;
-      plan.counts[kPagesRead] = static_cast<int32_t>(pages_read);
-      plan.counts[kPagesDense] = plan.kv_indptr[p.batch];
-      plan.counts[kRowsPacked] = num_packed_rows;
-      plan.counts[kOverflow] = 0;
-      plan.counts[kNumCounts - 1] = 0;
+      s.request_row[p.batch] = whole.first;
+      s.request_merge[p.batch] = whole.second;
     });
+    return whole;
+  }
+
+  FLASHCORE_TEAM RowSum place_rows(int32_t num_rows, int32_t num_packed) {
+    const RowSum sum = team.template scan<RowSum>(
+        num_rows,
+        [&](int32_t i) {
+          const Row row = i < num_packed ? node_row(i) : request_row(i);
+          p.plan.rows[i] = row;
+          const PairWork work = work_of(row, p.group);
+          const FixedCuts cuts(p, row, work.units);
+          const int32_t tiles = cuts.tiles * p.num_kv_heads;
+          return RowSum{work.total() * p.num_kv_heads, ceil_div(row.kv_len, p.page_size), tiles,
+                        cuts.merged(row) ? tiles * work.packed : 0};
+        },
+        [&](int32_t i, const RowSum& before) { store(i, before); });
+    team.for_each(1, [&](int32_t) { store(num_rows, sum); });
+    return sum;
+  }
+
+  FLASHCORE_TEAM void store(int32_t row, const RowSum& before) {
+    s.row_cost[row] = before.cost;
+    s.row_tiles[row] = before.tiles;
+    s.row_partials[row] = before.partials;
+  }
+
+  FLASHCORE_TEAM Row node_row(int32_t row) const {
+    const int32_t node = find_segment(s.node_row, 0, p.batch * kMaxLevels, row);
+    const int32_t owner = node / kMaxLevels, i = row - s.node_row[node];
+    const NodeRows rows(p, s.members[node]);
+    return dense_row(p, request_of(p, owner), owner, s.node_token[node] + rows.first(i),
+                     rows.first(i + 1) - rows.first(i), s.chain_begin[node] * p.page_size,
+                     s.chain_end[node] * p.page_size, kPacked);
+  }
+
+  FLASHCORE_TEAM Row request_row(int32_t row) const {
+    const int32_t r = find_segment(s.request_row, 0, p.batch, row);
+    const RequestRows rows(p, s, share, r);
+    const Request& request = rows.request;
+    if (is_sparse(p, request)) return sparse_row(p, request, r);
+    if (rows.levels > 0) return dense_row(p, request, r, request.q_begin, 1, rows.packed_end, request.kv_len, 0);
+    return own_row(p, request, r, (row - s.request_row[r]) * tokens_per_row(p));
+  }
+
+  // The first tile that a CTA's stretch of the line holds the start of, and the cut there, if there is one.
+  struct Start {
+    int32_t tile = 0;  // as if the line were not cut
+    int32_t pair = 0, unit = 0;
+    Two cut = {0, 0};  // whether there is a new cut, and the partial results it adds
+  };
+
+  FLASHCORE_TEAM Start start_of(const Line& line, int32_t num_rows, const RowSum& sum, int32_t cta) const {
+    if (cta >= line.shares || num_rows == 0) return {.tile = sum.tiles};
+    const int64_t begin = line.begin(cta);
+    const int32_t i = find_segment(s.row_cost, 0, num_rows, begin);
+    const Row& row = p.plan.rows[i];
+    const PairWork work = work_of(row, p.group);
+    const FixedCuts fixed(p, row, work.units);
+    const int64_t in_row = begin - s.row_cost[i];
+    const int32_t head = static_cast<int32_t>(divide(in_row, work.total()));
+    const int32_t in_pair = static_cast<int32_t>(in_row - head * work.total());
+    const int32_t unit = ceil_div(in_pair, work.cost);  // the first one at or after the start of the stretch
+    const int32_t tile = s.row_tiles[i] + head * fixed.tiles;
+    if (p.split_keys > 0) {
+      const int32_t k = ceil_div(unit, fixed.split_units);
+      return {.tile = tile + (k < fixed.tiles ? k : fixed.tiles)};
+    }
+    if (unit >= work.units) return {.tile = tile + 1};
+    // A CTA whose stretch holds no unit of the pair starts where the next one does.
+    const int64_t before = cta > 0 ? begin - line.begin(cta - 1) : 0;
+    const bool cuts = unit > 0 && int64_t{unit - 1} * work.cost >= in_pair - before;
+    const bool first = in_pair <= before && !fixed.merged(row);  // then the tile before the cut is merged, too
+    return {.tile = tile,
+            .pair = i * p.num_kv_heads + head,
+            .unit = unit,
+            .cut = {cuts, cuts ? (first ? 2 : 1) * work.packed : 0}};
+  }
+
+  FLASHCORE_TEAM Two cut_line(int32_t num_rows, const RowSum& sum) {
+    const Line line(sum.cost, p.plan.num_ctas, p.split_keys == 0);
+    Start start;
+    const Two cuts = team.template scan<Two>(
+        p.plan.num_ctas + 1,
+        [&](int32_t cta) {
+          start = start_of(line, num_rows, sum, cta);
+          return start.cut;
+        },
+        [&](int32_t cta, Two before) {
+          if (start.cut.first) {
+            s.cut_pair[before.first] = start.pair;
+            s.cut_unit[before.first] = start.unit;
+            s.cut_partials[before.first] = before.second;
+          }
+          s.cuts_upto[cta] = before.first + start.cut.first;
+          p.plan.cta_indptr[cta] = start.tile + s.cuts_upto[cta];
+        });
+    team.for_each(1, [&](int32_t) { s.cut_partials[cuts.first] = cuts.second; });
+    return cuts;
   }
 
   // A plan without work, marked unusable.

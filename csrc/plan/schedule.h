@@ -22,7 +22,8 @@ FLASHCORE_HD int32_t ceil_div(int32_t a, int32_t b) { return (a + b - 1) / b; }
 
 // Last index i of a non-decreasing indptr with indptr[i] <= value, knowing that indptr[low] <= value < indptr[high];
 // entries that span nothing are passed over.
-FLASHCORE_HD int32_t find_segment(const int32_t* indptr, int32_t low, int32_t high, int32_t value) {
+template <class T>
+FLASHCORE_HD int32_t find_segment(const T* indptr, int32_t low, int32_t high, T value) {
   while (high - low > 1) {
     const int32_t middle = low + (high - low) / 2;
     if (indptr[middle] <= value) {
@@ -141,16 +142,16 @@ FLASHCORE_HD int64_t divide(int64_t a, int64_t b) {
 }
 
 // The line in `shares` stretches, the first `longer` of them of length + 1: a unit belongs to the CTA in whose stretch
-// it starts.
+// it starts. A unit whose predecessor in the pair belongs to another CTA starts a tile: there the line is cut.
 struct Line {
   int64_t length;
   int32_t longer, shares;
 
   FLASHCORE_HD Line(int64_t work, int32_t num_ctas, bool balanced) : shares(num_ctas) {
-    const int64_t enough = work / (kMinUnits * kBaseCost);
+    const int64_t enough = divide(work, kMinUnits * kBaseCost);
     if (balanced && enough < shares) shares = enough > 1 ? static_cast<int32_t>(enough) : 1;
-    length = work / shares;
-    longer = static_cast<int32_t>(work % shares);
+    length = divide(work, shares);
+    longer = static_cast<int32_t>(work - length * shares);
   }
   FLASHCORE_HD int64_t begin(int32_t cta) const { return cta * length + (cta < longer ? cta : longer); }
   // The cta with begin(cta) <= position < begin(cta + 1).
@@ -159,38 +160,6 @@ struct Line {
     if (position < even) return static_cast<int32_t>(divide(position, length + 1));
     return longer + static_cast<int32_t>(divide(position - even, length));
   }
-  // Whether every stretch inside a pair holds the start of a unit; if not, none holds two.
-  FLASHCORE_HD bool fine(int32_t cost) const { return length >= cost; }
-};
-
-// How one pair is cut into tiles.
-struct Cut {
-  const Line& line;
-  PairWork work;
-  int64_t position;     // of the pair on the line
-  int32_t split_units;  // > 0: a tile every split_units units, whatever the line
-  int32_t first_cta;
-
-  FLASHCORE_HD Cut(const Line& line, const PairWork& work, int64_t position, int32_t split_units)
-      : line(line), work(work), position(position), split_units(split_units), first_cta(line.cta_of(position)) {}
-
-  FLASHCORE_HD int32_t num_tiles() const {
-    if (split_units > 0) return ceil_div(work.units, split_units);
-    if (!line.fine(work.cost)) return work.units;
-    return line.cta_of(unit_position(work.units - 1)) - first_cta + 1;
-  }
-  // First unit of tile k; `units` or more for k = num_tiles().
-  FLASHCORE_HD int32_t first_unit(int32_t k) const {
-    if (k == 0) return 0;
-    if (split_units > 0) return k * split_units;
-    if (!line.fine(work.cost)) return k;
-    return static_cast<int32_t>(divide(line.begin(first_cta + k) - position + work.cost - 1, work.cost));
-  }
-  FLASHCORE_HD int32_t cta_of_tile(int32_t k) const {
-    if (split_units == 0 && line.fine(work.cost)) return first_cta + k;
-    return line.cta_of(unit_position(first_unit(k)));
-  }
-  FLASHCORE_HD int64_t unit_position(int32_t unit) const { return position + static_cast<int64_t>(unit) * work.cost; }
 };
 
 }  // namespace flashcore

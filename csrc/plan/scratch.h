@@ -1,4 +1,4 @@
-// The planner's working memory: one block of int32 that the caller keeps from plan to plan.
+// The planner's working memory: one block of int32, written anew by every plan.
 #pragma once
 
 #include "params.h"
@@ -6,28 +6,36 @@
 
 namespace flashcore {
 
-// Packed rows that a request is in at most; with it every capacity is known in advance.
+// Packed rows that a request is in at most, and owners its path has at most: every capacity is known in advance.
 constexpr int32_t kMaxLevels = 4;
 
 struct Scratch {
-  int64_t* row_cost;       // [max_rows + 1] work on the line before each row
-  int32_t* request_row;    // [batch] first row of a request's own rows
-  int32_t* request_merge;  // [batch] first entry of its tokens in merge_rows
-  // Sharing. A node is a stretch of page columns that requests have in common; node = owner * kMaxLevels + level.
-  int32_t* scattered;    // [batch] 1: all full columns of the request were counted, 0: the first one alone
-  int32_t* chain_len;    // [batch] nodes the request's own walk found
-  int32_t* levels;       // [batch] how many of them its owners confirmed
+  // What comes before each row; the last entries hold the whole.
+  int64_t* row_cost;      // [max_rows + 1] work on the line
+  int32_t* row_tiles;     // [max_rows + 1] tiles, as if the line were not cut
+  int32_t* row_partials;  // [max_rows + 1] partial results, as if the line were not cut
+  // Where the line is cut inside a pair.
+  int32_t* cut_pair;      // [num_ctas]
+  int32_t* cut_unit;      // [num_ctas] first unit behind the cut
+  int32_t* cut_partials;  // [num_ctas + 1] partial results that the cuts before add
+  int32_t* cuts_upto;     // [num_ctas + 1] cuts at or before the start of each CTA's stretch
+  // What comes before each request; the last entries hold the whole.
+  int32_t* request_row;    // [batch + 1] rows: those of nodes, and other requests' own
+  int32_t* request_merge;  // [batch + 1] entries of merge_rows
+  // Sharing, see share.h. A node is a stretch of page columns that requests have in common;
+  // node = owner * kMaxLevels + level.
+  int32_t* path_owner;   // [kMaxLevels, batch] lowest request of the class, -1 behind the end of a request's path
+  int32_t* path_end;     // [kMaxLevels, batch] first column in which the request differs from that owner
+  int32_t* path_page;    // [kMaxLevels, batch] its page there, -1 where the path ends
+  int32_t* levels;       // [batch] nodes the request is in
   int32_t* chain_owner;  // [batch, kMaxLevels] request whose page table the node's row reads
   int32_t* chain_begin;  // [batch, kMaxLevels] page columns [begin, end)
   int32_t* chain_end;
-  int32_t* chain_rank;  // [batch, kMaxLevels] how many requests before this one are in the node
+  int32_t* chain_rank;  // [batch, kMaxLevels] requests before this one in the node
   int32_t* members;     // [nodes] requests in the node
-  int32_t* node_row;    // [nodes] first of its rows
-  int32_t* node_token;  // [nodes] first of its entries in row_tokens
-  // Zero between plans, at the end of the block so that they stand still when the batch changes.
-  int32_t* owner;  // [num_pages] batch - (lowest request that has the page in a full column), 0: none
-  int32_t* count;  // [num_pages] requests that have it
-  int64_t size;    // entries in all
+  int32_t* node_row;    // [nodes] rows before it
+  int32_t* node_token;  // [nodes] entries of row_tokens before it
+  int64_t size;         // entries in all
 };
 
 FLASHCORE_HD bool shares_pages(const PlanParams& p) {
@@ -42,13 +50,21 @@ FLASHCORE_HD Scratch scratch_of(const PlanParams& p) {
     next += n;
     return block;
   };
-  s.row_cost = reinterpret_cast<int64_t*>(take(2 * (static_cast<int64_t>(p.plan.max_rows) + 1)));
-  s.request_row = take(p.batch);
-  s.request_merge = take(p.batch);
+  const int64_t rows = static_cast<int64_t>(p.plan.max_rows) + 1, ctas = static_cast<int64_t>(p.plan.num_ctas) + 1;
+  s.row_cost = reinterpret_cast<int64_t*>(take(2 * rows));
+  s.row_tiles = take(rows);
+  s.row_partials = take(rows);
+  s.cut_pair = take(ctas);
+  s.cut_unit = take(ctas);
+  s.cut_partials = take(ctas);
+  s.cuts_upto = take(ctas);
+  s.request_row = take(p.batch + 1);
+  s.request_merge = take(p.batch + 1);
   if (shares_pages(p)) {
     const int64_t nodes = static_cast<int64_t>(p.batch) * kMaxLevels;
-    s.scattered = take(p.batch);
-    s.chain_len = take(p.batch);
+    s.path_owner = take(nodes);
+    s.path_end = take(nodes);
+    s.path_page = take(nodes);
     s.levels = take(p.batch);
     s.chain_owner = take(nodes);
     s.chain_begin = take(nodes);
@@ -57,10 +73,8 @@ FLASHCORE_HD Scratch scratch_of(const PlanParams& p) {
     s.members = take(nodes);
     s.node_row = take(nodes);
     s.node_token = take(nodes);
-    s.count = p.scratch + p.scratch_size - p.num_pages;
-    s.owner = s.count - p.num_pages;
   }
-  s.size = next - p.scratch + (shares_pages(p) ? 2 * static_cast<int64_t>(p.num_pages) : 0);
+  s.size = next - p.scratch;
   return s;
 }
 

@@ -1,12 +1,19 @@
 // Shared prefixes: which stretches of page columns requests have in common, and whether packing them pays.
 //
-// Each page in a full column of a request of one query token is counted and gets an owner, the lowest request that has
-// it. Along a request's page table, a run of columns with one owner and one count is an edge of the radix tree of all
-// tables. A walk down the columns collects the edges that pay as nodes (owner, [begin, end)); an edge that does not pay
-// is joined to the next one that does, so that a small common start never hides a large shared document behind it.
+// Requests with the same first page are a class, and the lowest of them owns it. Every request follows its class' owner
+// as long as their pages agree, column by column; those that leave the owner at the same column with the same page are
+// a class again, and so on, at most kMaxLevels times. So a class has every page in common before it begins, whatever
+// the tables are: nothing assumes that they are prefix trees. For those that are, the owners' stretches between the
+// columns where requests leave are the edges of the radix tree.
 //
-// Nothing of this assumes a tree. A request is in a node only if each of its pages there equals the owner's, column by
-// column, and if the owner's own walk found the same node: so the rows are exact for every page table there can be.
+// A walk down a request's path collects the edges that pay as nodes (owner, [begin, end)); an edge that does not pay is
+// joined to the next one that does, so that a small common start never hides a large shared document behind it.
+//
+// What a path or a walk decides is the same for all who are in it, so each request finds its own: no two write the
+// same word, and no order matters. A team offers
+//   first<kUnroll>(begin, end, f)   the first i in [begin, end) with f(i); end: none. kUnroll: for speed alone
+//   sum(n, value)                   the sum of value(i) over i < n
+//   leads()                         in one of its threads
 #pragma once
 
 #include "plan/scratch.h"
@@ -30,78 +37,100 @@ FLASHCORE_HD int32_t shareable_columns(const PlanParams& p, const Request& reque
   return request.q_len == 1 && !is_sparse(p, request) ? request.kv_len / p.page_size : 0;
 }
 
-// Owner and count of a column; owner -1: no other request is known to have this page in this column.
-struct Edge {
-  int32_t owner, count;
+// ---------------------------------------------------------------------------------------------------------------------
+// Paths
+// ---------------------------------------------------------------------------------------------------------------------
 
-  FLASHCORE_HD bool operator==(const Edge& other) const { return owner == other.owner && count == other.count; }
+// A request's page where it left its last owner: those that left there with it are a class.
+struct Fork {
+  int32_t owner, column, page;  // page -1: the path is over
+
+  FLASHCORE_HD bool operator==(const Fork& other) const {
+    return owner == other.owner && column == other.column && page == other.page;
+  }
 };
 
-FLASHCORE_HD Edge edge_of(const PlanParams& p, const Scratch& s, const Request& request, int32_t column) {
-  constexpr Edge kNone{-1, 0};
-  const int32_t page = p.plan.kv_indices[request.page_begin + column];
-  if (page < 0 || page >= p.num_pages || s.count[page] < 2) return kNone;
-  const int32_t owner = p.batch - s.owner[page];
-  const Request other = request_of(p, owner);
-  const bool same = column < shareable_columns(p, other) && p.plan.kv_indices[other.page_begin + column] == page;
-  return same ? Edge{owner, s.count[page]} : kNone;
+FLASHCORE_HD Fork fork_of(const PlanParams& p, const Scratch& s, int32_t round, int32_t r) {
+  if (round > 0) {
+    const int32_t at = (round - 1) * p.batch + r;
+    return {s.path_owner[at], s.path_end[at], s.path_page[at]};
+  }
+  const Request request = request_of(p, r);
+  return {-1, 0, shareable_columns(p, request) > 0 ? p.plan.kv_indices[request.page_begin] : -1};
 }
 
-// The walk of one request. Lanes: one thread (CPU) or the lanes of a warp that take every step together.
-template <class Lanes>
-struct Walk {
-  const PlanParams& p;
-  const Scratch& s;
-  const Lanes& lanes;
-  int32_t r;
-  Request request;
-  int32_t base = 0;       // everything before this column is packed
-  int32_t run_begin = 0;  // first column of the current edge
-  Edge edge{-1, 0};
-  int32_t level = 0;
+// Takes a request's path from its fork to the next one; all requests have to be through the rounds before.
+template <class Team>
+FLASHCORE_TEAM void follow(const PlanParams& p, const Scratch& s, Team& team, int32_t round, int32_t r) {
+  const Fork fork = fork_of(p, s, round, r);
+  Fork next{-1, fork.column, -1};
+  if (fork.page >= 0) {
+    const Request request = request_of(p, r);
+    const int32_t columns = shareable_columns(p, request);
+    next = {r, columns, -1};
+    next.owner = team.template first<1>(0, r, [&](int32_t other) { return fork_of(p, s, round, other) == fork; });
+    if (next.owner < r) {
+      const Request owner = request_of(p, next.owner);
+      const int32_t owners = shareable_columns(p, owner);
+      const int32_t* mine = p.plan.kv_indices + request.page_begin;
+      const int32_t* theirs = p.plan.kv_indices + owner.page_begin;
+      next.column = team.template first<8>(fork.column + 1, columns < owners ? columns : owners,
+                                           [&](int32_t column) { return mine[column] != theirs[column]; });
+      if (next.column < columns) next.page = mine[next.column];
+    }
+  }
+  if (!team.leads()) return;
+  const int32_t at = round * p.batch + r;
+  s.path_owner[at] = next.owner;
+  s.path_end[at] = next.column;
+  s.path_page[at] = next.page;
+}
 
-  // The edge ends before `column`. False: the walk is over.
-  FLASHCORE_TEAM bool close(int32_t column) {
-    if (column == run_begin || !pays(p, edge.count, column - base)) return true;
-    if (!agrees(base, run_begin)) return false;
-    if (lanes.first()) {
-      const int32_t at = r * kMaxLevels + level;
-      s.chain_owner[at] = edge.owner;
-      s.chain_begin[at] = base;
-      s.chain_end[at] = column;
-    }
-    base = column;
-    return ++level < kMaxLevels;
-  }
-  FLASHCORE_TEAM void open(int32_t column, Edge next) {
-    run_begin = column;
-    edge = next;
-  }
-  FLASHCORE_TEAM void finish() {
-    if (lanes.first()) s.chain_len[r] = level;
-  }
-  // Whether the columns [begin, end) that the node joins to its edge are the owner's too.
-  FLASHCORE_TEAM bool agrees(int32_t begin, int32_t end) const {
-    const int32_t* mine = p.plan.kv_indices + request.page_begin;
-    const int32_t* owners = p.plan.kv_indices + p.plan.kv_indptr[edge.owner];
-    bool same = true;
-    for (int32_t column = begin + lanes.index(); column < end; column += lanes.count()) {
-      same = same && mine[column] == owners[column];
-    }
-    return lanes.all(same);
+// ---------------------------------------------------------------------------------------------------------------------
+// Walks
+// ---------------------------------------------------------------------------------------------------------------------
+
+// The requests that follow an owner beyond some column, up to the column where the first of them leaves.
+struct Edge {
+  int32_t members = 0;
+  int32_t rank = 0;  // members before the request that asks
+  int32_t end = INT32_MAX;
+
+  FLASHCORE_HD Edge operator+(const Edge& other) const {
+    return {members + other.members, rank + other.rank, end < other.end ? end : other.end};
   }
 };
 
-// How many nodes of a request's walk their owners found as well.
-FLASHCORE_HD int32_t confirmed_levels(const Scratch& s, int32_t r) {
+template <class Team>
+FLASHCORE_TEAM void walk(const PlanParams& p, const Scratch& s, const Team& team, int32_t r) {
   int32_t level = 0;
-  for (; level < s.chain_len[r]; ++level) {
-    const int32_t at = r * kMaxLevels + level, owner = s.chain_owner[at];
-    const int32_t theirs = owner * kMaxLevels + level;
-    if (level >= s.chain_len[owner] || s.chain_owner[theirs] != owner) break;
-    if (s.chain_begin[theirs] != s.chain_begin[at] || s.chain_end[theirs] != s.chain_end[at]) break;
+  int32_t base = 0;  // everything before this column is packed
+  int32_t column = 0;
+  for (int32_t round = 0; round < kMaxLevels && s.path_owner[round * p.batch + r] >= 0; ++round) {
+    const int32_t* owners = s.path_owner + round * p.batch;
+    const int32_t* ends = s.path_end + round * p.batch;
+    const int32_t owner = owners[r], end = ends[r];
+    while (column < end && level < kMaxLevels) {
+      const Edge edge = team.sum(p.batch, [&](int32_t other) {
+        return owners[other] == owner && ends[other] > column ? Edge{1, other < r, ends[other]} : Edge{};
+      });
+      column = edge.end;
+      if (edge.members == 1 || !pays(p, edge.members, edge.end - base)) continue;
+      if (team.leads()) {
+        const int32_t at = r * kMaxLevels + level;
+        s.chain_owner[at] = owner;
+        s.chain_begin[at] = base;
+        s.chain_end[at] = edge.end;
+        s.chain_rank[at] = edge.rank;
+        s.members[at] = r == owner ? edge.members : 0;
+      }
+      base = edge.end;
+      ++level;
+    }
   }
-  return level;
+  if (!team.leads()) return;
+  s.levels[r] = level;
+  for (; level < kMaxLevels; ++level) s.members[r * kMaxLevels + level] = 0;
 }
 
 }  // namespace flashcore

@@ -133,8 +133,8 @@ struct Passed {
 };
 
 __device__ void write_list(const SelectParams& p, const Choice& choice, const float* scores, Threshold threshold) {
-  __shared__ int64_t warp_sums[kWarp];
-  Cta<kThreads> cta{warp_sums};
+  __shared__ Cta<kThreads>::Shared shared;
+  Cta<kThreads> cta{shared};
   const auto passed = [&](int32_t i) {
     const uint32_t key = sort_key(scores[choice.middle_begin + i]);
     return Passed{key > threshold.key, key == threshold.key};

@@ -126,8 +126,8 @@ class Capacity:
     @property
     def scratch_size(self) -> int:
         """int32 entries the planner works in: csrc/plan/scratch.h."""
-        sharing = 2 * self.num_pages + (3 + 7 * MAX_LEVELS) * self.batch if self.packs else 0
-        return 2 * (self.max_rows + 1) + 2 * self.batch + sharing
+        sharing = (1 + 10 * MAX_LEVELS) * self.batch if self.packs else 0
+        return 4 * (self.max_rows + 1) + 4 * (self.num_ctas + 1) + 2 * (self.batch + 1) + sharing
 
 
 @dataclass

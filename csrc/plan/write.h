@@ -1,0 +1,123 @@
+// What of a plan can be written item by item once build.h has made its sums: tokens, tiles, and the lists of policy
+// window. The items of every function are independent of each other.
+#pragma once
+
+#include "plan/build.h"
+
+namespace flashcore {
+
+struct Writer {
+  const PlanParams& p;
+  const Scratch s;
+  const bool share;
+  const int32_t num_rows;
+
+  FLASHCORE_TEAM explicit Writer(const PlanParams& params)
+      : p(params), s(scratch_of(params)), share(shares_pages(params)), num_rows(params.plan.counts[kNumRows]) {}
+
+  // How many items each function has; none of a batch that was given up.
+  FLASHCORE_TEAM int32_t num_tokens() const { return given_up() ? 0 : p.num_tokens + 1; }
+  FLASHCORE_TEAM int32_t num_uncut() const { return given_up() ? 0 : s.row_tiles[num_rows]; }
+  FLASHCORE_TEAM int32_t num_cuts() const { return given_up() ? 0 : s.cuts_upto[p.plan.num_ctas]; }
+  FLASHCORE_TEAM int32_t num_listed() const {
+    return given_up() || p.policy != Policy::window ? 0 : p.batch * sparse_pages(p);
+  }
+
+  // A token's position and merge entries, and its place in packed rows.
+  FLASHCORE_TEAM void write_token(int32_t t) const {
+    const Plan& plan = p.plan;
+    if (t >= plan.qo_indptr[p.batch]) {  // padding: in no row
+      plan.merge_indptr[t] = s.request_merge[p.batch];
+      if (t < p.num_tokens) plan.positions[t] = 0;
+      return;
+    }
+    const int32_t r = request_of_token(t);
+    const RequestRows rows(p, s, share, r);
+    const Request& request = rows.request;
+    const int32_t i = t - request.q_begin, row = s.request_row[r];
+    int32_t entry = s.request_merge[r] + i * (request.q_len > 1);
+    plan.merge_indptr[t] = entry;
+    plan.positions[t] = request.kv_len - request.q_len + i;
+    for (int32_t level = 0; level < rows.levels; ++level) {
+      const int32_t at = r * kMaxLevels + level, node = s.chain_owner[at] * kMaxLevels + level;
+      const int32_t rank = s.chain_rank[at];
+      const NodeRows in_node(p, s.members[node]);
+      const int32_t i_row = in_node.row_of(rank);
+      plan.row_tokens[s.node_token[node] + rank] = t;
+      write_merge(entry++, s.node_row[node] + i_row, rank - in_node.first(i_row));
+    }
+    const int32_t most = tokens_per_row(p);
+    if (rows.own_rows(p) > 0) write_merge(entry, row + i / most, i % most);
+  }
+
+  // The tiles as they were if the line were not cut, each up to the first cut in it.
+  FLASHCORE_TEAM void write_uncut(int32_t uncut) const {
+    const Plan& plan = p.plan;
+    const int32_t i = p.split_keys == 0 ? uncut / p.num_kv_heads : find_segment(s.row_tiles, 0, num_rows, uncut);
+    const Row& row = plan.rows[i];
+    const PairWork work = work_of(row, p.group);
+    const FixedCuts fixed(p, row, work.units);
+    const int32_t in_row = uncut - s.row_tiles[i];
+    const int32_t head = in_row / fixed.tiles, k = in_row % fixed.tiles;
+    const int32_t pair = i * p.num_kv_heads + head;
+
+    const Line line(s.row_cost[num_rows], plan.num_ctas, p.split_keys == 0);
+    const int32_t cut = s.cuts_upto[line.cta_of(s.row_cost[i] + head * work.total())];
+    const bool is_cut = cut < s.cuts_upto[plan.num_ctas] && s.cut_pair[cut] == pair;
+    const bool merged = is_cut || fixed.merged(row);
+    const int32_t end = (is_cut ? s.cut_unit[cut] : (k + 1) * fixed.split_units) * kSplitUnit;
+    plan.tiles[uncut + cut] = {.pair = pair,
+                               .kv_begin = k * fixed.split_units * kSplitUnit,
+                               .kv_end = end < row.kv_len ? end : row.kv_len,
+                               .partial = merged ? partial_of(row, work, i, in_row) + s.cut_partials[cut] : -1};
+    if (k == 0) plan.tile_indptr[pair] = uncut + cut;
+  }
+
+  // The tile behind a cut of the line.
+  FLASHCORE_TEAM void write_cut(int32_t cut) const {
+    const Plan& plan = p.plan;
+    const int32_t pair = s.cut_pair[cut], i = pair / p.num_kv_heads;
+    const Row& row = plan.rows[i];
+    const PairWork work = work_of(row, p.group);
+    const bool first = cut == 0 || s.cut_pair[cut - 1] != pair;
+    const bool last = cut + 1 == s.cuts_upto[plan.num_ctas] || s.cut_pair[cut + 1] != pair;
+    // The tile in front of the pair's first cut is counted with the row or else with that cut.
+    const bool behind_first = first || !(row.flags & kSole);
+    plan.tiles[pair + cut + 1] = {.pair = pair,
+                                  .kv_begin = s.cut_unit[cut] * kSplitUnit,
+                                  .kv_end = last ? row.kv_len : s.cut_unit[cut + 1] * kSplitUnit,
+                                  .partial = partial_of(row, work, i, pair - i * p.num_kv_heads) + s.cut_partials[cut] +
+                                             (behind_first ? work.packed : 0)};
+  }
+
+  // An entry of the page list of a request: the sink pages, then the recent ones.
+  FLASHCORE_TEAM void write_listed(int32_t i) const {
+    const int32_t pages = sparse_pages(p), r = i / pages, k = i % pages;
+    const Request request = request_of(p, r);
+    if (!is_sparse(p, request)) return;
+    const int32_t column = k < p.sink_pages ? k : request.pages - pages + k;
+    p.plan.kv_indices[list_begin(p, r) + k] = p.plan.kv_indices[request.page_begin + column];
+  }
+
+ private:
+  FLASHCORE_TEAM bool given_up() const { return p.plan.counts[kOverflow]; }
+
+  FLASHCORE_TEAM int32_t request_of_token(int32_t t) const {
+    const int32_t* indptr = p.plan.qo_indptr;
+    const bool one_token_each = t < p.batch && indptr[t] == t && indptr[t + 1] == t + 1;  // up to t
+    return one_token_each ? t : find_segment(indptr, 0, p.batch, t);
+  }
+
+  FLASHCORE_TEAM void write_merge(int32_t entry, int32_t row, int32_t token_in_row) const {
+    p.plan.merge_rows[2 * entry] = row;
+    p.plan.merge_rows[2 * entry + 1] = token_in_row;
+  }
+
+  // First partial result of a row's tile number in_row, those that cuts add aside.
+  FLASHCORE_TEAM int32_t partial_of(const Row& row, const PairWork& work, int32_t i, int32_t in_row) const {
+    const FixedCuts fixed(p, row, work.units);
+    return s.row_partials[i] + (fixed.merged(row) ? in_row * work.packed : 0);
+  }
+};
+
+}  // namespace flashcore
