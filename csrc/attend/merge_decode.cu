@@ -23,7 +23,7 @@ constexpr int kWarps = 4;
 constexpr int kSums = 4;
 constexpr int kHeld = 4;          // partial results of an item whose place a lane finds before the wait
 constexpr int kAtOnce = 8;        // rows a warp has in flight
-constexpr int kManyItems = 4096;  // from here on a warp takes an item alone
+constexpr int kManyItems = 2048;  // from here on a warp takes an item alone
 
 // What a lane holds of a row: kHeadDim / 32 neighbouring channels.
 template <int kHeadDim>

@@ -1,18 +1,30 @@
-// wgmma_sm90, decode: exact attention of few query tokens a request over a paged KV cache, at the memory limit of
-// Hopper.
+// wgmma_sm90, decode: exact attention of few query tokens a request over a paged KV cache, at the memory limit.
 //
 // Method: split-KV flash decoding (FlashDecoding; Stream-K for the cuts) over the planner's flat list of tiles, online
 // softmax in base 2:  m' = max(m, s), l' = l 2^(m - m') + sum 2^(s - m'), O' = O 2^(m - m') + P V;  out = O / l.
 //
-// Grid   persistent CTAs, two to an SM. Range r of the plan's num_ctas ranges is tiles cta_indptr[r] .. cta_indptr[r +
-// 1];
-//        CTAs begin with one each and draw the others as they get free. One launch serves tiles of few packed queries
-//        (one request's group) and of many (requests that share pages).
-// Block  256 threads: a warpgroup of consumers; one warp that keeps a ring of KV stages full by TMA, one box a page,
-// and
-//        runs ahead across tiles; one warp that fetches the next tile's queries; two that leave.
-// Shared stages of 64 keys (K and V, 128-byte swizzle: both ldmatrix and wgmma read it as it lands), the queries of one
-//        tile (the consumers take them to registers at once, so one buffer is enough), what is to know of the tile.
+// Grid   persistent CTAs, two to an SM. Range r of the plan's num_ctas ranges is tiles cta_indptr[r] to
+//        cta_indptr[r + 1]; CTAs begin with one each and draw the others as they get free. One launch serves tiles of
+//        few packed queries (one request's group) and of many (requests that share pages).
+// Block  256 threads: a warpgroup of consumers; a warp that keeps a ring of KV stages full by TMA, one box a page, and
+//        runs ahead across tiles; a warp that fetches the next tile's queries; two that leave.
+// Shared stages of 64 keys (K and V, 128-byte swizzle: ldmatrix and wgmma both read it as it lands), the queries of one
+//        tile, what is to know of the tile. 192 KB can be in flight to an SM, 128 KB where tiles hold 128 queries.
+//
+// Tried on an H200 (32 query and 8 KV heads of 128, bf16, pages of 64; a plain read of 8 GB: 4.46 to 4.56 TB/s):
+// - Short tiles: 16 keys of every unit a warp, S^T = K Q^T with mma.sync. Not wgmma: the tensor cores idle either way,
+//   and warps that keep their own softmax never meet within a tile.
+// - Two CTAs of 3 stages, one of 6: the same within 1 %; two let one compute while the other waits. 2 stages a CTA: the
+//   same on small batches, 1 % slower on large ones.
+// - L2 promotion of 256 bytes fetches a neighbour head's half line at 64 channels: 2.8 TB/s, 128 bytes: 3.8.
+// - Evict-first on large batches: 3 % slower. On small ones up to 1.5 us faster.
+// - Ranges drawn by ticket instead of one share a CTA: nothing where memory is the limit, although SMs of a small GPC
+//   end at 74 % of the time (the others then get its bandwidth); 10 to 17 % where prefixes are shared, since the rows
+//   that read the same pages then do so at the same time.
+// - Cutting all heads of a row alike, so that neighbours in memory are read together: nothing.
+// - Tall tiles of 128 queries instead of 64: half the bytes from L2, 12 to 25 % faster where most keys are shared
+//   (64 x 36864 with 32768 shared: 400 to 351 us; 4 x 128 x 8448 with 8192: 438 to 340); dense within 1 %.
+// - Q of tall tiles in registers: ptxas 13.0 hands these registers to P where both products are 64 x 64.
 #include <cuda_runtime.h>
 
 #include "attend/wgmma_sm90_decode_producer.cuh"
@@ -43,11 +55,12 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm)
       mbarrier_init(&shared.full[i], 1);
       mbarrier_init(&shared.empty[i], kConsumerWarps);
     }
-    mbarrier_init(&shared.q_full, 1);
-    mbarrier_init(&shared.q_empty, kConsumerWarps);
+    // Once a tile or less: every thread arrives for itself. Stages: a warp's accesses, then one arrival.
+    mbarrier_init(&shared.q_full, 32);
+    mbarrier_init(&shared.q_empty, kConsumers);
     for (int i = 0; i < kRangeSlots; ++i) {
-      mbarrier_init(&shared.range_full[i], 1);
-      mbarrier_init(&shared.range_empty[i], 1);
+      mbarrier_init(&shared.range_full[i], 32);
+      mbarrier_init(&shared.range_empty[i], 32);
     }
     mbarrier_init_fence();
   }
@@ -69,13 +82,15 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm)
       if (queries == kNoMoreTiles) break;
       if (shared.tile.kv_begin == shared.tile.kv_end) {
         write_empty<Traits>(shared.tile, params.attend, warp, lane);
-        release(&shared.q_empty, lane);
+        mbarrier_arrive(&shared.q_empty);
       } else if (queries <= 8) {
         consume_short<Traits, 1>(shared, params, ring, warp, lane);
       } else if (queries <= kShortQueries) {
         consume_short<Traits, 2>(shared, params, ring, warp, lane);
+      } else if (Traits::kBlocks == 1 || queries <= kBlockQueries) {
+        consume_tall<Traits, 1>(shared, params, ring, warp, lane);
       } else {
-        consume_tall<Traits>(shared, params, ring, warp, lane);
+        consume_tall<Traits, Traits::kBlocks>(shared, params, ring, warp, lane);
       }
     }
   }
@@ -95,27 +110,38 @@ cudaError_t launch(const CUtensorMap& k_map, const CUtensorMap& v_map, const Par
   return cudaGetLastError();
 }
 
+// As many stages as fit.
+template <typename T, int kHeadDim, int kBlocks>
+cudaError_t dispatch_occupancy(const CUtensorMap& k_map, const CUtensorMap& v_map, const Params& params) {
+  constexpr int kStages = (kBlocks == 1 ? 3 : 2) * 128 / kHeadDim;
+  if (params.attend.plan.num_ctas > params.attend.num_sms) {
+    return launch<Traits<T, kHeadDim, kBlocks, kStages>, 2>(k_map, v_map, params);
+  }
+  return launch<Traits<T, kHeadDim, kBlocks, 6 * 128 / kHeadDim>, 1>(k_map, v_map, params);
+}
+
+template <typename T, int kHeadDim>
+cudaError_t dispatch_rows(const CUtensorMap& k_map, const CUtensorMap& v_map, const Params& params) {
+  return params.attend.plan.rows_per_tile <= kBlockQueries ? dispatch_occupancy<T, kHeadDim, 1>(k_map, v_map, params)
+                                                           : dispatch_occupancy<T, kHeadDim, 2>(k_map, v_map, params);
+}
+
 template <typename T>
 cudaError_t dispatch(const CUtensorMap& k_map, const CUtensorMap& v_map, const Params& params) {
-  const bool two_per_sm = params.attend.plan.num_ctas > params.attend.num_sms;
-  if (params.attend.head_dim == 64) {
-    return two_per_sm ? launch<Traits<T, 64, 6>, 2>(k_map, v_map, params)
-                      : launch<Traits<T, 64, 12>, 1>(k_map, v_map, params);
-  }
-  return two_per_sm ? launch<Traits<T, 128, 3>, 2>(k_map, v_map, params)
-                    : launch<Traits<T, 128, 6>, 1>(k_map, v_map, params);
+  return params.attend.head_dim == 64 ? dispatch_rows<T, 64>(k_map, v_map, params)
+                                      : dispatch_rows<T, 128>(k_map, v_map, params);
 }
 
 }  // namespace decode90
 
-// Head dims 64 and 128, bf16 and fp16, pages of 16, 32, 64, 128, ... keys (a power of two), at most 64 packed queries a
-// tile. Anything else: cudaErrorInvalidValue.
+// Head dims 64 and 128, bf16 and fp16, pages of 16, 32, 64, 128, ... keys (a power of two), at most 128 packed queries
+// a tile. Anything else: cudaErrorInvalidValue.
 int run_attend_wgmma_sm90_decode(const AttendParams& p) {
   using namespace decode90;
   const bool known_page = p.page_size >= 16 && (p.page_size & (p.page_size - 1)) == 0;
   const bool known_dtype = p.dtype == DType::bf16 || p.dtype == DType::fp16;
   if (!known_page || !known_dtype || (p.head_dim != 64 && p.head_dim != 128) || p.sm_scale <= 0.0f ||
-      p.plan.rows_per_tile > kMaxQueries) {
+      p.plan.rows_per_tile > 2 * kBlockQueries) {
     return cudaErrorInvalidValue;
   }
   Params params{};

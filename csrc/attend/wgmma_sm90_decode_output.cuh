@@ -38,7 +38,7 @@ __device__ __forceinline__ void store_lse(const AttendParams& p, bool direct, in
 
 // The rows of a tile without keys: zeros, LSE -inf.
 template <typename Traits>
-__device__ __forceinline__ void write_empty(const TileInfo& tile, const AttendParams& p, int warp, int lane) {
+__device__ __forceinline__ void write_empty(const TileInfo<Traits>& tile, const AttendParams& p, int warp, int lane) {
   for (int m = warp; m < tile.queries; m += kConsumerWarps) {
     for (int d = 4 * lane; d < Traits::kHeadDim; d += 128) {
       store4<Traits>(p, tile.direct, tile.out_row[m], d, make_float4(0.0f, 0.0f, 0.0f, 0.0f));

@@ -7,9 +7,9 @@
 
 namespace flashcore::decode90 {
 
-// Ranges of tiles are dealt in the order of the plan: the first one by CTA, the others to whoever is free. An SM's
-// share of the bandwidth depends on its neighbours (up to a third more where a GPC has fewer SMs), so equal shares
-// would not end together; and CTAs that stay close together in the plan find each other's shared pages in L2.
+// Ranges of tiles are dealt in the order of the plan: the first one by CTA, the others to whoever is free. CTAs that
+// stay close together in the plan find each other's shared pages in L2, and an SM's share of the bandwidth depends on
+// its neighbours (up to a third more where a GPC has fewer SMs), so that equal shares would not end together.
 struct RangeDealer {
   int32_t* tickets;
   int num_ranges;
@@ -142,7 +142,7 @@ __device__ __forceinline__ void produce_kv(SharedStorage<Traits>& shared, const 
     mbarrier_wait(&shared.range_empty[slot.stage], slot.parity ^ 1);
     if (lane == 0)
       shared.ranges[slot.stage] = range < plan.num_ctas ? make_int2(tile_begin, tile_end) : make_int2(-1, -1);
-    release(&shared.range_full[slot.stage], lane);
+    mbarrier_arrive(&shared.range_full[slot.stage]);
     slot.advance();
     if (range >= plan.num_ctas) return;
     load_tiles(shared, k_map, v_map, params, tile_begin, tile_end, ring, l2_policy, lane);
@@ -161,7 +161,7 @@ __device__ __forceinline__ void load_queries(SharedStorage<Traits>& shared, cons
                                              int tile_end, uint32_t& parity, int lane) {
   using Element = typename Traits::Element;
   const AttendParams& p = params.attend;
-  TileInfo& info = shared.tile;
+  TileInfo<Traits>& info = shared.tile;
   for (int t = tile_begin; t < tile_end; ++t, parity ^= 1) {
     const Tile tile = p.plan.tiles[t];
     const int row_index = tile.pair / p.num_kv_heads;
@@ -170,11 +170,12 @@ __device__ __forceinline__ void load_queries(SharedStorage<Traits>& shared, cons
     const int queries = row.q_count * params.group;
 
     // The queries themselves come first: they have the longest way.
-    constexpr int kPerLane = kMaxQueries / 32;
+    constexpr int kPerLane = Traits::kQueries / 32;
     int64_t source[kPerLane] = {};
     int32_t position[kPerLane] = {}, out_row[kPerLane] = {};
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
+      if (32 * i >= queries) break;
       const int m = 32 * i + lane;
       if (m < queries) {
         const int index = row.q_begin + m / params.group;
@@ -189,18 +190,23 @@ __device__ __forceinline__ void load_queries(SharedStorage<Traits>& shared, cons
     constexpr int kRowLanes = Traits::kHeadDim / 8;  // lanes that copy a row, 16 bytes each
     constexpr int kRowsAtOnce = 32 / kRowLanes;
     const Element* q = static_cast<const Element*>(p.q);
-    for (int first = 0; first < queries; first += kRowsAtOnce) {
-      const int m = first + lane / kRowLanes;
-      const int64_t offset = __shfl_sync(~0u, first < 32 ? source[0] : source[1], m % 32);
-      if (m < queries) {
-        copy_async_16<Traits::kHeadDim * 2>(shared_address(shared.q + swizzled(m, lane % kRowLanes)),
-                                            q + offset + lane % kRowLanes * 8, true);
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      for (int first = 0; first < 32 && 32 * i + first < queries; first += kRowsAtOnce) {
+        const int m = 32 * i + first + lane / kRowLanes;
+        const int64_t offset = __shfl_sync(~0u, source[i], m % 32);
+        if (m < queries) {
+          uint8_t* block = shared.q[m / kBlockQueries];
+          copy_async_16<Traits::kHeadDim * 2>(shared_address(block + swizzled(m % kBlockQueries, lane % kRowLanes)),
+                                              q + offset + lane % kRowLanes * 8, true);
+        }
       }
     }
 
     int32_t free_begin = tile.kv_begin, free_end = tile.kv_end;
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
+      if (32 * i >= queries) break;
       const int m = 32 * i + lane;
       const int last = position[i] - row.kv_pos;  // the last key of the row that a causal query sees
       const int begin = p.window_left < 0 ? 0 : max(0, last - p.window_left);
@@ -226,7 +232,7 @@ __device__ __forceinline__ void load_queries(SharedStorage<Traits>& shared, cons
     copy_async_commit();
     copy_async_wait<0>();
     fence_proxy_async();  // wgmma reads them
-    release(&shared.q_full, lane);
+    mbarrier_arrive(&shared.q_full);
   }
 }
 
@@ -238,14 +244,14 @@ __device__ __forceinline__ void produce_queries(SharedStorage<Traits>& shared, c
   while (true) {
     mbarrier_wait(&shared.range_full[slot.stage], slot.parity);
     const int2 tiles = shared.ranges[slot.stage];
-    release(&shared.range_empty[slot.stage], lane);
+    mbarrier_arrive(&shared.range_empty[slot.stage]);
     slot.advance();
     if (tiles.x < 0) break;
     load_queries(shared, params, tiles.x, tiles.y, parity, lane);
   }
   mbarrier_wait(&shared.q_empty, parity);
   if (lane == 0) shared.tile.queries = kNoMoreTiles;
-  release(&shared.q_full, lane);
+  mbarrier_arrive(&shared.q_full);
 }
 
 // Brings the beginnings of what the producers read first to L2, each CTA a few lines: their loads depend on one

@@ -66,7 +66,7 @@ __device__ __forceinline__ void consume_short(SharedStorage<Traits>& shared, con
 #pragma unroll
     for (int step = 0; step < kSteps; step += 2) {
       uint32_t b[4];
-      load_matrix_x4(b, shared_address(shared.q + swizzled(8 * n + lane % 8, 2 * step + lane / 8)));
+      load_matrix_x4(b, shared_address(shared.q[0] + swizzled(8 * n + lane % 8, 2 * step + lane / 8)));
       q[n][step][0] = b[0];
       q[n][step][1] = b[1];
       q[n][step + 1][0] = b[2];
@@ -83,7 +83,7 @@ __device__ __forceinline__ void consume_short(SharedStorage<Traits>& shared, con
   const bool direct = shared.tile.direct;
   const int kv_begin = shared.tile.kv_begin, kv_end = shared.tile.kv_end;
   const int free_begin = shared.tile.free_begin, free_end = shared.tile.free_end;
-  release(&shared.q_empty, lane);
+  mbarrier_arrive(&shared.q_empty);
 
   float o[kN][kSteps][4] = {};
   float maximum[kN][2], sum[kN][2];
@@ -223,6 +223,7 @@ __device__ __forceinline__ void consume_short(SharedStorage<Traits>& shared, con
     combine_warps(scratch, params, min(8, queries - 8 * n), direct, __shfl_sync(~0u, out_row, 8 * n + lane % 8), warp,
                   lane);
   }
+  named_barrier_sync(kConsumerBarrier, kConsumers);
   fence_proxy_async();
   release(&shared.empty[ring.stage], lane);
   ring.advance();

@@ -12,7 +12,7 @@
 namespace flashcore::decode90 {
 
 constexpr int kUnitKeys = kSplitUnit;  // keys of a pipeline stage
-constexpr int kMaxQueries = 64;        // packed queries of a tile: M of one wgmma
+constexpr int kBlockQueries = 64;      // packed queries of one wgmma
 constexpr int kConsumerWarps = 4;      // one warpgroup
 constexpr int kConsumers = kConsumerWarps * 32;
 constexpr int kThreads = 2 * kConsumers;  // and a warpgroup of producers: KV, queries, two that leave at once
@@ -27,10 +27,13 @@ constexpr int kRangeSlots = 4;       // ranges of tiles that the KV warp may be 
 // and evict-first lines were seen to be dropped before they were used (3 % slower).
 constexpr int64_t kSmallBytes = int64_t{256} << 20;
 
-template <typename T, int kHeadDim_, int kStages_>
+// kBlocks blocks of 64 packed queries are what a tile may hold.
+template <typename T, int kHeadDim_, int kBlocks_, int kStages_>
 struct Traits {
   using Element = T;
   static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kBlocks = kBlocks_;
+  static constexpr int kQueries = kBlocks * kBlockQueries;
   static constexpr int kStages = kStages_;
   static constexpr int kSlabs = kHeadDim / kSlab;
   static constexpr int kOperandBytes = kSlabs * kSlabBytes;  // K or V of a stage
@@ -51,13 +54,14 @@ struct Params {
 };
 
 // What the consumers must know of a tile, written by the query warp beside the queries themselves.
+template <typename Traits>
 struct TileInfo {
   int32_t queries;  // kNoMoreTiles: the CTA is done
   int32_t kv_begin, kv_end;
   int32_t direct;                // rows go to out and lse, else to the partials
   int32_t free_begin, free_end;  // keys in here are visible to every query: no mask needed
-  int32_t visible_begin[kMaxQueries], visible_end[kMaxQueries];  // keys that a query sees
-  int32_t out_row[kMaxQueries];                                  // row of out and lse, or of the partials
+  int32_t visible_begin[Traits::kQueries], visible_end[Traits::kQueries];  // keys that a query sees
+  int32_t out_row[Traits::kQueries];                                       // row of out and lse, or of the partials
 };
 
 // Where the warps of a short tile add up their shares, 8 queries at a time.
@@ -80,8 +84,8 @@ union Stage {
 template <typename Traits>
 struct SharedStorage {
   Stage<Traits> stages[Traits::kStages];
-  uint8_t q[Traits::kSlabs * kMaxQueries * 128];  // [slabs][64 queries][128 bytes], swizzled
-  TileInfo tile;
+  uint8_t q[Traits::kBlocks][Traits::kOperandBytes];  // [slabs][64 queries][128 bytes], swizzled
+  TileInfo<Traits> tile;
   Mbarrier full[Traits::kStages], empty[Traits::kStages];
   Mbarrier q_full, q_empty;
   Mbarrier range_full[kRangeSlots], range_empty[kRangeSlots];

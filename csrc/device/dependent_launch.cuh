@@ -22,6 +22,17 @@ __device__ __forceinline__ void wait_for_primary() {
 #endif
 }
 
+// Whether the current device knows dependent launches; the others run one kernel after the other.
+inline bool has_dependent_launch() {
+  static const bool known = [] {
+    int device = 0, major = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    return major >= 9;
+  }();
+  return known;
+}
+
 // Launches kernel<<<ctas, threads, 0, stream>>>(arguments...) so that it may begin before its predecessor ends.
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch_dependent(void (*kernel)(Parameters...), int ctas, int threads, cudaStream_t stream,
@@ -34,7 +45,7 @@ cudaError_t launch_dependent(void (*kernel)(Parameters...), int ctas, int thread
   config.blockDim = dim3(threads);
   config.stream = stream;
   config.attrs = &attribute;
-  config.numAttrs = 1;
+  config.numAttrs = has_dependent_launch() ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
 }
 

@@ -32,11 +32,6 @@ __device__ __forceinline__ void mbarrier_arrive_expect_tx(Mbarrier* barrier, uin
                : "memory");
 }
 
-// One arrival, made when all cp.async of this thread so far have landed.
-__device__ __forceinline__ void mbarrier_arrive_after_cp_async(Mbarrier* barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
-}
-
 __device__ __forceinline__ bool mbarrier_try_wait(Mbarrier* barrier, uint32_t parity) {
   uint32_t done;
   asm volatile(

@@ -19,7 +19,6 @@ namespace flashcore {
 constexpr int kSlab = 64;                                // elements of a 128-byte row
 constexpr uint64_t kEvictFirst = 0x12F0000000000000ull;  // L2 policies as createpolicy encodes them
 constexpr uint64_t kEvictNormal = 0x1000000000000000ull;
-constexpr uint64_t kEvictLast = 0x14F0000000000000ull;
 
 // --- Host: tensor maps -----------------------------------------------------------------------------------------------
 
