@@ -81,7 +81,7 @@ VARIANTS = (
         max_sm=(9, 0),  # sm_90a code runs on 9.0 only
         dtypes=("bf16", "fp16"),
         page_sizes=(16, 32, 64, 128),  # a TMA box is one page of a KV head
-        decode=dict.fromkeys((64, 128), Tiling(rows_per_tile=64, ctas_per_sm=2)),
+        decode=dict.fromkeys((64, 128), Tiling(rows_per_tile=128, ctas_per_sm=2)),
         prefill=dict.fromkeys((64, 128, 256), Tiling(rows_per_tile=128, ctas_per_sm=1)),
     ),
     Variant(

@@ -58,7 +58,7 @@ struct Case {
 
 struct Options {
   int ctas = 264;
-  int rows_per_tile = 64;
+  int rows_per_tile = 128;
   int repeats = 2;  // runs of a check, which must agree bit by bit
 };
 
