@@ -125,7 +125,7 @@ __device__ void consume(const AttendParams& p, Shared<Tr>& smem) {
         const int last = job.position + min(job.q_count - 1, (64 * consumer + 63) / group);
         // Equal in all lanes anyway; reduced, the compiler knows, and keeps ring stages in uniform registers.
         skipped = __reduce_max_sync(0xffffffff, blocks - 1 - min(max(last - kv_begin, 0) / kBlockKeys, blocks - 1));
-        if (skipped > 0) clear_tail<Tr>(smem, use, tail);
+        if (skipped > 0) clear_tail<Tr>(smem, use, tail, consumer);
         for (int i = 0; i < skipped; ++i, ++use) {
           turn_wait();
           turn_pass();
@@ -143,7 +143,7 @@ __device__ void consume(const AttendParams& p, Shared<Tr>& smem) {
       release(smem.k_empty[stage_of<kStages>(use)]);
       logits_to_p(begin);
       pack_p();
-      if (skipped == 0) clear_tail<Tr>(smem, use, tail);
+      if (skipped == 0) clear_tail<Tr>(smem, use, tail, consumer);
 
       for (begin -= kBlockKeys; begin >= kv_begin; begin -= kBlockKeys, ++use) {
         turn_wait();
@@ -154,19 +154,14 @@ __device__ void consume(const AttendParams& p, Shared<Tr>& smem) {
         wgmma_pin(s);
         release(smem.k_empty[stage_of<kStages>(use + 1)]);
         const bool moved = logits_to_p(begin);
-        // The wait stands in both branches, because a branch is what ptxas will not move it across: above the
-        // exponentials it would leave nothing to overlap with P V.
-        if (moved) {
-          wgmma_wait<0>();
-          wgmma_pin(o);
-#pragma unroll
-          for (int i = 0; i < kHeadDim / 2; ++i) o[i] *= factor[i / 2 % 2];
-        } else {
-          wgmma_wait<0>();
-          wgmma_pin(o);
-        }
+        wgmma_wait<0>();
+        wgmma_pin(o);
         wgmma_pin(s);  // packing it any earlier would need a second set of registers for P
         release(smem.v_empty[stage_of<kStages>(use)]);
+        if (moved) {
+#pragma unroll
+          for (int i = 0; i < kHeadDim / 2; ++i) o[i] *= factor[i / 2 % 2];
+        }
         pack_p();
       }
       mbarrier_arrive(&smem.q_empty[buffer]);

@@ -8,8 +8,8 @@ namespace flashcore::prefill {
 
 // --- Which tile next -------------------------------------------------------------------------------------------------
 
-// Many (row, KV head) pairs: CTAs take pairs from a shared cursor, a head's rows from the last to the first, and run the
-// tiles of a pair one after another. Longest first under a causal mask, so the CTAs end together; and CTAs that run
+// Many (row, KV head) pairs: CTAs take pairs from a shared cursor, a head's rows from the last to the first, and run
+// the tiles of a pair one after another. Longest first under a causal mask, so the CTAs end together; and CTAs that run
 // together are near in the same keys, which L2 then serves. Few pairs: CTA c runs the plan's tiles of CTA c, where long
 // rows are cut so that all have work.
 class TileSchedule {

@@ -121,22 +121,21 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&words)[4]) {
   }
 }
 
-// P is 0 for keys beyond the last, but what a page holds there may be NaN, and 0 * NaN is NaN: the consumers together
-// write zeros to the rows of V from `tail` to the end of its box.
+// P is 0 for keys beyond the last, but what a page holds there may be NaN, and 0 * NaN is NaN: each consumer writes
+// zeros to the rows of V from `tail` to the end of its box before it reads them.
 template <typename Tr>
-__device__ __forceinline__ void clear_tail(Shared<Tr>& smem, uint32_t use, int tail) {
+__device__ __forceinline__ void clear_tail(Shared<Tr>& smem, uint32_t use, int tail, int consumer) {
   const int end = min((tail + 63) / 64 * 64, Tr::kBlockKeys);  // boxes are at most 64 keys
   if (tail >= end) return;
   constexpr int kChunks = Tr::kSlabs * 8;  // 16-byte chunks of a key
-  constexpr int kConsumerThreads = Tr::kThreads - 128;
   const uint32_t stage = stage_of<Tr::kStages>(use);
   mbarrier_wait(&smem.v_full[stage], parity_of<Tr::kStages>(use));
-  for (int i = threadIdx.x - 128; i < (end - tail) * kChunks; i += kConsumerThreads) {
+  for (int i = threadIdx.x % 128; i < (end - tail) * kChunks; i += 128) {
     auto& row = smem.v[stage][i / 8 % Tr::kSlabs][tail + i / kChunks];
     reinterpret_cast<uint4*>(row)[i % 8] = uint4{0, 0, 0, 0};
   }
   fence_proxy_async();
-  named_barrier_sync(kTailBarrier, kConsumerThreads);
+  named_barrier_sync(kTailBarrier + consumer, 128);
 }
 
 // O / sum and the LSE of a thread's two rows.

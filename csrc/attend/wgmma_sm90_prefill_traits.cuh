@@ -68,8 +68,8 @@ __device__ __forceinline__ uint32_t parity_of(uint32_t use) {
 
 // Named barriers; 0 is __syncthreads.
 constexpr int kProducerBarrier = 1;
-constexpr int kTailBarrier = 2;   // all consumers
-constexpr int kOrderBarrier = 3;  // + consumer: its turn to issue matmuls
+constexpr int kTailBarrier = 2;   // + consumer: its own warps
+constexpr int kOrderBarrier = 5;  // + consumer: its turn to issue matmuls
 
 constexpr int kProducerWarps = 4;  // small pages mean many boxes, more than one thread can issue in time
 
