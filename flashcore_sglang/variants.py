@@ -82,7 +82,11 @@ VARIANTS = (
         dtypes=("bf16", "fp16"),
         page_sizes=(16, 32, 64, 128),  # a TMA box is one page of a KV head
         decode=dict.fromkeys((64, 128), Tiling(rows_per_tile=128, ctas_per_sm=2)),
-        prefill=dict.fromkeys((64, 128, 256), Tiling(rows_per_tile=128, ctas_per_sm=1)),
+        prefill={
+            64: Tiling(rows_per_tile=192, ctas_per_sm=1),  # three consumer warpgroups
+            128: Tiling(rows_per_tile=128, ctas_per_sm=1),
+            256: Tiling(rows_per_tile=128, ctas_per_sm=1),
+        },
     ),
     Variant(
         name="wmma_sm80",
