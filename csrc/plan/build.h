@@ -5,6 +5,7 @@
 //   for_each(n, f)       f(i) for every i, finished when it returns
 //   scan(n, value, f)    f(i, sum of value(j) for j < i) for every i; returns the whole sum. f(i) follows value(i) in
 //                        the same thread, so that the one may leave something for the other in a captured variable
+//   staged(values, n)    the same values where they are quicker to search
 // so that both produce the same plan from the same source.
 #pragma once
 
@@ -144,10 +145,13 @@ struct Builder {
   }
 
   FLASHCORE_TEAM RowSum place_rows(int32_t num_rows, int32_t num_packed) {
+    const int32_t* node_rows = num_packed > 0 ? team.staged(s.node_row, p.batch * kMaxLevels) : nullptr;
+    const int32_t* request_rows = team.staged(s.request_row, p.batch + 1);
     const RowSum sum = team.template scan<RowSum>(
         num_rows,
         [&](int32_t i) {
-          const Row row = i < num_packed ? node_row(i) : request_row(i);
+          const Row row = i < num_packed ? node_row(i, find_segment(node_rows, 0, p.batch * kMaxLevels, i))
+                                         : request_row(i, find_segment(request_rows, 0, p.batch, i));
           p.plan.rows[i] = row;
           const PairWork work = work_of(row, p.group);
           const FixedCuts cuts(p, row, work.units);
@@ -166,8 +170,7 @@ struct Builder {
     s.row_partials[row] = before.partials;
   }
 
-  FLASHCORE_TEAM Row node_row(int32_t row) const {
-    const int32_t node = find_segment(s.node_row, 0, p.batch * kMaxLevels, row);
+  FLASHCORE_TEAM Row node_row(int32_t row, int32_t node) const {
     const int32_t owner = node / kMaxLevels, i = row - s.node_row[node];
     const NodeRows rows(p, s.members[node]);
     return dense_row(p, request_of(p, owner), owner, s.node_token[node] + rows.first(i),
@@ -175,8 +178,7 @@ struct Builder {
                      s.chain_end[node] * p.page_size, kPacked);
   }
 
-  FLASHCORE_TEAM Row request_row(int32_t row) const {
-    const int32_t r = find_segment(s.request_row, 0, p.batch, row);
+  FLASHCORE_TEAM Row request_row(int32_t row, int32_t r) const {
     const RequestRows rows(p, s, share, r);
     const Request& request = rows.request;
     if (is_sparse(p, request)) return sparse_row(p, request, r);
@@ -191,14 +193,15 @@ struct Builder {
     Two cut = {0, 0};  // whether there is a new cut, and the partial results it adds
   };
 
-  FLASHCORE_TEAM Start start_of(const Line& line, int32_t num_rows, const RowSum& sum, int32_t cta) const {
+  FLASHCORE_TEAM Start start_of(const Line& line, const int64_t* row_cost, int32_t num_rows, const RowSum& sum,
+                                int32_t cta) const {
     if (cta >= line.shares || num_rows == 0) return {.tile = sum.tiles};
     const int64_t begin = line.begin(cta);
-    const int32_t i = find_segment(s.row_cost, 0, num_rows, begin);
+    const int32_t i = find_segment(row_cost, 0, num_rows, begin);
     const Row& row = p.plan.rows[i];
     const PairWork work = work_of(row, p.group);
     const FixedCuts fixed(p, row, work.units);
-    const int64_t in_row = begin - s.row_cost[i];
+    const int64_t in_row = begin - row_cost[i];
     const int32_t head = static_cast<int32_t>(divide(in_row, work.total()));
     const int32_t in_pair = static_cast<int32_t>(in_row - head * work.total());
     const int32_t unit = ceil_div(in_pair, work.cost);  // the first one at or after the start of the stretch
@@ -220,11 +223,12 @@ struct Builder {
 
   FLASHCORE_TEAM Two cut_line(int32_t num_rows, const RowSum& sum) {
     const Line line(sum.cost, p.plan.num_ctas, p.split_keys == 0);
+    const int64_t* row_cost = team.staged(s.row_cost, num_rows);
     Start start;
     const Two cuts = team.template scan<Two>(
         p.plan.num_ctas + 1,
         [&](int32_t cta) {
-          start = start_of(line, num_rows, sum, cta);
+          start = start_of(line, row_cost, num_rows, sum, cta);
           return start.cut;
         },
         [&](int32_t cta, Two before) {

@@ -3,7 +3,7 @@
 //   follow   (requests), kMaxLevels times   a request's path to its next fork (share.h)
 //   walk     (requests / 4)                 a warp a request: nodes of the prefix tree
 //   build    1 CTA                          rows, cuts, CTA ranges: what needs sums (build.h)
-//   write    4 CTAs an SM                   tokens and tiles, a thread an item (write.h)
+//   write    4 CTAs an SM                   tokens and tiles, a thread an item, a CTA one kind of them (write.h)
 //
 // Each launch begins while the one before it ends (dependent_launch.cuh). There are no atomics, so a plan is the same
 // in every run and the same as the CPU's.
@@ -20,8 +20,10 @@ namespace {
 constexpr int kFollowThreads = 256;
 constexpr int kWalkThreads = 128;
 constexpr int kBuildThreads = 1024;
+constexpr int kBuildStagedBytes = 40 << 10;
 constexpr int kWriteThreads = 256;
-constexpr int kWriteCtas = 4 * 132;
+constexpr int kWriteKinds = 4;
+constexpr int kWriteCtas = kWriteKinds * 132;
 
 struct FollowTeam : Cta<kFollowThreads> {
   __device__ bool leads() const { return threadIdx.x == 0; }
@@ -33,7 +35,7 @@ struct WalkTeam {
   template <class Value>
   __device__ Edge sum(int32_t n, Value value) const {
     Edge sum;
-#pragma unroll 4
+#pragma unroll 8
     for (int32_t i = threadIdx.x % kWarp; i < n; i += kWarp) sum = sum + value(i);
     return {__reduce_add_sync(~0u, sum.members), __reduce_add_sync(~0u, sum.rank), __reduce_min_sync(~0u, sum.end)};
   }
@@ -56,7 +58,7 @@ __global__ void __launch_bounds__(kWalkThreads) walk_kernel(PlanParams p) {
 }
 
 __global__ void __launch_bounds__(kBuildThreads) build_kernel(PlanParams p) {
-  using Team = Cta<kBuildThreads>;
+  using Team = Cta<kBuildThreads, kBuildStagedBytes>;
   __shared__ Team::Shared shared;
   allow_dependents();
   wait_for_primary();
@@ -68,13 +70,15 @@ __global__ void __launch_bounds__(kWriteThreads) write_kernel(PlanParams p) {
   allow_dependents();
   wait_for_primary();
   const Writer writer(p);
-  const auto each = [](int32_t n, auto write) {
-    for (int32_t i = blockIdx.x * kWriteThreads + threadIdx.x; i < n; i += gridDim.x * kWriteThreads) write(i);
+  // Kinds side by side: each is a chain of loads, and the chains are what takes the time.
+  const int32_t kind = blockIdx.x % kWriteKinds, first = blockIdx.x / kWriteKinds * kWriteThreads + threadIdx.x;
+  const auto each = [&](int32_t n, auto write) {
+    for (int32_t i = first; i < n; i += kWriteCtas / kWriteKinds * kWriteThreads) write(i);
   };
-  each(writer.num_tokens(), [&](int32_t t) { writer.write_token(t); });
-  each(writer.num_uncut(), [&](int32_t uncut) { writer.write_uncut(uncut); });
-  each(writer.num_cuts(), [&](int32_t cut) { writer.write_cut(cut); });
-  each(writer.num_listed(), [&](int32_t i) { writer.write_listed(i); });
+  if (kind == 0) each(writer.num_tokens(), [&](int32_t t) { writer.write_token(t); });
+  if (kind == 1) each(writer.num_uncut(), [&](int32_t uncut) { writer.write_uncut(uncut); });
+  if (kind == 2) each(writer.num_cuts(), [&](int32_t cut) { writer.write_cut(cut); });
+  if (kind == 3) each(writer.num_listed(), [&](int32_t i) { writer.write_listed(i); });
 }
 
 }  // namespace

@@ -22,6 +22,11 @@ struct OneThread {
     return sum;
   }
 
+  template <class T>
+  const T* staged(const T* values, int32_t) const {
+    return values;
+  }
+
   template <int kUnroll, class F>
   int32_t first(int32_t begin, int32_t end, F f) const {
     while (begin < end && !f(begin)) ++begin;

@@ -68,7 +68,7 @@ FLASHCORE_TEAM void follow(const PlanParams& p, const Scratch& s, Team& team, in
     const Request request = request_of(p, r);
     const int32_t columns = shareable_columns(p, request);
     next = {r, columns, -1};
-    next.owner = team.template first<1>(0, r, [&](int32_t other) { return fork_of(p, s, round, other) == fork; });
+    next.owner = team.template first<2>(0, r, [&](int32_t other) { return fork_of(p, s, round, other) == fork; });
     if (next.owner < r) {
       const Request owner = request_of(p, next.owner);
       const int32_t owners = shareable_columns(p, owner);
