@@ -148,7 +148,7 @@ class Plan:
     merge_indptr: torch.Tensor
     merge_rows: torch.Tensor
     counts: torch.Tensor
-    scratch: torch.Tensor  # [scratch_size] zero at first, then the planner's own
+    scratch: torch.Tensor  # [scratch_size] written anew by every plan
     batch: int  # requests of the current plan, at most capacity.batch
 
     @classmethod
