@@ -90,7 +90,7 @@ enum class Policy : int32_t { exact = 0, window = 1, topk = 2 };
 // From a CSR page table to rows, tiles and CTA ranges.
 struct PlanParams {
   Plan plan;
-  int32_t* scratch;  // [scratch_size] zeroed once by the caller, then the planner's own
+  int32_t* scratch;  // [scratch_size] written anew by every plan
   int64_t scratch_size;
   int32_t batch, num_tokens;  // num_tokens = qo_indptr[batch], known to the host
   int32_t num_kv_heads, group, page_size, num_pages;
@@ -105,14 +105,14 @@ struct PlanParams {
 
 struct AttendParams {
   Plan plan;
-  const void* q;        // [num_tokens, num_qo_heads, head_dim], strides in elements, last dimension contiguous
-  const void* k;        // [num_pages, page_size, num_kv_heads, head_dim]
-  const void* v;        // as k
-  void* out;            // [num_tokens, num_qo_heads, head_dim] contiguous
-  float* lse;           // [num_tokens, num_qo_heads] base 2, may be nullptr
-  float* partial_o;     // [max_partials, head_dim] normalised
-  float* partial_lse;   // [max_partials] base 2
-  void* workspace;      // cublaslt only: [workspace_bytes]
+  const void* q;       // [num_tokens, num_qo_heads, head_dim], strides in elements, last dimension contiguous
+  const void* k;       // [num_pages, page_size, num_kv_heads, head_dim]
+  const void* v;       // as k
+  void* out;           // [num_tokens, num_qo_heads, head_dim] contiguous
+  float* lse;          // [num_tokens, num_qo_heads] base 2, may be nullptr
+  float* partial_o;    // [max_partials, head_dim] normalised
+  float* partial_lse;  // [max_partials] base 2
+  void* workspace;     // cublaslt only: [workspace_bytes]
   int64_t workspace_bytes;
   int64_t q_stride_token, q_stride_head;
   int64_t k_stride_page, k_stride_token, k_stride_head;
@@ -121,7 +121,7 @@ struct AttendParams {
   float sm_scale, logits_soft_cap;  // logits_soft_cap 0: off
   int32_t causal, window_left;
   DType dtype;
-  int32_t decode;  // 1: every request has one query token
+  int32_t decode;                  // 1: every request has one query token
   int32_t max_qo_len, max_kv_len;  // of the longest requests, known to the host; cublaslt only
   int32_t num_sms;
   void* stream;

@@ -4,9 +4,9 @@
 // 64 elements (128 bytes), 8 rows to an atom of 1024 bytes. An operand whose rows run along the matrices' inner
 // dimension is K-major; one whose rows run along M or N is MN-major ("transposed").
 //
-// Accumulator: thread t of the warpgroup holds, for row = 16 * (t / 32) + (t % 32) / 4 and column = 8 * i + 2 * (t % 4),
-// d[4i], d[4i+1] = D[row][column, column + 1] and d[4i+2], d[4i+3] = D[row + 8][column, column + 1]. The A operand in
-// registers has the same shape: its four registers for a step of 16 are d[8k .. 8k+7] packed in pairs.
+// Accumulator: thread t of the warpgroup holds, for row = 16 * (t / 32) + (t % 32) / 4 and column = 8 * i + 2 * (t %
+// 4), d[4i], d[4i+1] = D[row][column, column + 1] and d[4i+2], d[4i+3] = D[row + 8][column, column + 1]. The A operand
+// in registers has the same shape: its four registers for a step of 16 are d[8k .. 8k+7] packed in pairs.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -20,8 +20,9 @@ namespace flashcore {
 
 // --- Descriptors of operands in shared memory ------------------------------------------------------------------------
 
-// `atom_stride`: bytes between atoms of 8 rows. `slab_stride`: MN-major operands wider than 64 only, bytes from one slab
-// of 64 columns to the next. `operand` is 1024-byte aligned; steps of 16 along the inner dimension are added later.
+// `atom_stride`: bytes between atoms of 8 rows. `slab_stride`: MN-major operands wider than 64 only, bytes from one
+// slab of 64 columns to the next. `operand` is 1024-byte aligned; steps of 16 along the inner dimension are added
+// later.
 __device__ __forceinline__ uint64_t wgmma_descriptor(const void* operand, uint32_t slab_stride = 0,
                                                      uint32_t atom_stride = 1024) {
   constexpr uint64_t kSwizzle128 = 1ull << 62;
@@ -128,37 +129,40 @@ struct Wgmma;
 #define FLASHCORE_E128(i) FLASHCORE_E64(i), FLASHCORE_E64(i + 64)
 
 // o0..o6: the numbers of the operands behind the accumulators.
-#define FLASHCORE_WGMMA(N, REGS, T, TYPE, o0, o1, o2, o3, o4, o5, o6)                                              \
-  template <>                                                                                                      \
-  struct Wgmma<N, T> {                                                                                             \
-    template <int kTransposeA, int kTransposeB>                                                                    \
-    static __device__ __forceinline__ void ss(float (&d)[REGS], uint64_t a, uint64_t b, bool accumulate) {         \
-      asm volatile(                                                                                                \
-          "{\n"                                                                                                    \
-          "  .reg .pred p;\n"                                                                                      \
-          "  setp.ne.b32 p, %" o2 ", 0;\n"                                                                         \
-          "  wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE                                        \
-          " {" FLASHCORE_L##REGS "}, %" o0 ", %" o1 ", p, 1, 1, %" o3 ", %" o4 ";\n"                               \
-          "}\n"                                                                                                    \
-          : FLASHCORE_E##REGS(0)                                                                                   \
-          : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(kTransposeA), "n"(kTransposeB));                \
-    }                                                                                                              \
-    template <int kTransposeB>                                                                                     \
-    static __device__ __forceinline__ void rs(float (&d)[REGS], const uint32_t* a, uint64_t b, bool accumulate) {  \
-      asm volatile(                                                                                                \
-          "{\n"                                                                                                    \
-          "  .reg .pred p;\n"                                                                                      \
-          "  setp.ne.b32 p, %" o5 ", 0;\n"                                                                         \
-          "  wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE                                        \
-          " {" FLASHCORE_L##REGS "}, {%" o0 ", %" o1 ", %" o2 ", %" o3 "}, %" o4 ", p, 1, 1, %" o6 ";\n"           \
-          "}\n"                                                                                                    \
-          : FLASHCORE_E##REGS(0)                                                                                   \
-          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)),                 \
-            "n"(kTransposeB));                                                                                     \
-    }                                                                                                              \
+#define FLASHCORE_WGMMA(N, REGS, T, TYPE, o0, o1, o2, o3, o4, o5, o6)                                                 \
+  template <>                                                                                                         \
+  struct Wgmma<N, T> {                                                                                                \
+    template <int kTransposeA, int kTransposeB>                                                                       \
+    static __device__ __forceinline__ void ss(float (&d)[REGS], uint64_t a, uint64_t b, bool accumulate) {            \
+      asm volatile(                                                                                                   \
+          "{\n"                                                                                                       \
+          "  .reg .pred p;\n"                                                                                         \
+          "  setp.ne.b32 p, %" o2                                                                                     \
+          ", 0;\n"                                                                                                    \
+          "  wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" FLASHCORE_L##REGS                    \
+          "}, %" o0 ", %" o1 ", p, 1, 1, %" o3 ", %" o4                                                               \
+          ";\n"                                                                                                       \
+          "}\n"                                                                                                       \
+          : FLASHCORE_E##REGS(0)                                                                                      \
+          : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(kTransposeA), "n"(kTransposeB));                   \
+    }                                                                                                                 \
+    template <int kTransposeB>                                                                                        \
+    static __device__ __forceinline__ void rs(float (&d)[REGS], const uint32_t* a, uint64_t b, bool accumulate) {     \
+      asm volatile(                                                                                                   \
+          "{\n"                                                                                                       \
+          "  .reg .pred p;\n"                                                                                         \
+          "  setp.ne.b32 p, %" o5                                                                                     \
+          ", 0;\n"                                                                                                    \
+          "  wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" FLASHCORE_L##REGS                    \
+          "}, {%" o0 ", %" o1 ", %" o2 ", %" o3 "}, %" o4 ", p, 1, 1, %" o6                                           \
+          ";\n"                                                                                                       \
+          "}\n"                                                                                                       \
+          : FLASHCORE_E##REGS(0)                                                                                      \
+          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)), "n"(kTransposeB)); \
+    }                                                                                                                 \
   };
-#define FLASHCORE_WGMMA_TYPES(N, REGS, ...)                       \
-  FLASHCORE_WGMMA(N, REGS, __nv_bfloat16, "bf16", __VA_ARGS__)    \
+#define FLASHCORE_WGMMA_TYPES(N, REGS, ...)                    \
+  FLASHCORE_WGMMA(N, REGS, __nv_bfloat16, "bf16", __VA_ARGS__) \
   FLASHCORE_WGMMA(N, REGS, __half, "f16", __VA_ARGS__)
 
 FLASHCORE_WGMMA_TYPES(8, 4, "4", "5", "6", "7", "8", "9", "10")
