@@ -84,7 +84,7 @@ def plan(
 
     Args:
         plan: ``Plan.tensors()``; the batch is ``len(plan[0]) - 1``.
-        scratch: int32 ``[Capacity.scratch_size]``, zero before its first use.
+        scratch: int32 ``[Capacity.scratch_size]``, written anew by every plan.
         num_tokens: query tokens of the batch.
         num_kv_heads, group: KV heads, query heads of each.
         page_size, num_pages: keys in a page, pages of the pool.

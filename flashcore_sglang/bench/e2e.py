@@ -18,6 +18,7 @@ from pathlib import Path
 
 from .results import Results
 
+BACKEND = "flashcore_sparse"  # --attention-backend
 _PORT = 30000
 _START_LIMIT_S = 300
 
@@ -135,14 +136,15 @@ def run(
     logs.mkdir(parents=True, exist_ok=True)
     for backend in backends:
         log = logs / f"server_{backend}.log"
+        name = "flashcore" if backend == BACKEND else backend
         with server(model, backend, max_running, log, flags):
             for workload in workloads:
                 seen = len(log.read_text())
                 record = _drive(model, workload, logs / f"{backend}_{workload}.jsonl")
                 record["steady"] = steady_tokens_per_s(log.read_text()[seen:])
                 for metric, key in METRICS.items():
-                    results.add(f"e2e/{workload}", backend, metric, record[key or "steady"])
-                results.add(f"e2e/{workload}", backend, "completed", record["completed"])
-                results.add(f"e2e/{workload}", backend, "healthy", float(_healthy()))
+                    results.add(f"e2e/{workload}", name, metric, record[key or "steady"])
+                results.add(f"e2e/{workload}", name, "completed", record["completed"])
+                results.add(f"e2e/{workload}", name, "healthy", float(_healthy()))
                 shown = {metric: round(record[key or "steady"], 2) for metric, key in METRICS.items()}
                 print(backend, workload, shown, flush=True)

@@ -68,18 +68,18 @@ def pivot(rows: Iterable[Row], metric: str) -> dict[str, dict[str, Row]]:
 
 
 def markdown(rows: Iterable[Row], metric: str, digits: int = 1, reference: str = "fa3") -> str:
-    """A table of one metric: a line a case, a column a backend, and flashcore's ratio to the reference."""
+    """A table of one metric: a line a case, a column a backend, and flashcore's ratio to the reference if there."""
     table = pivot(rows, metric)
     backends = list(dict.fromkeys(name for cells in table.values() for name in cells))
-    lines = [
-        "| case | " + " | ".join(backends) + f" | flashcore / {reference} |",
-        "|---" * (len(backends) + 2) + "|",
-    ]
+    ratios = reference in backends
+    columns = ["case", *backends, *([f"flashcore / {reference}"] if ratios else [])]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for case, cells in table.items():
         shown = [f"{cells[name].value:.{digits}f}" if name in cells else "-" for name in backends]
-        ours, peer = cells.get("flashcore"), cells.get(reference)
-        ratio = f"{ours.value / peer.value:.2f}" if ours and peer and peer.value else "-"
-        lines.append(f"| {case} | " + " | ".join(shown) + f" | {ratio} |")
+        if ratios:
+            ours, peer = cells.get("flashcore"), cells.get(reference)
+            shown.append(f"{ours.value / peer.value:.2f}" if ours and peer and peer.value else "-")
+        lines.append(f"| {case} | {' | '.join(shown)} |")
     return "\n".join(lines)
 
 

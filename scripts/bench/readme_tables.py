@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Writes the README's tables from the result files under scripts/bench/results/.
 
-A table stands between `<!-- table: FILE METRIC [PREFIX] -->` and `<!-- end -->`; everything between is replaced.
+A table stands between `<!-- table: FILE METRIC [CASES] -->` and `<!-- end -->`; everything between is replaced.
+CASES is a regular expression that the names of the cases must match.
 `--check` changes nothing and exits 1 where the README differs from what its files say.
 """
 
@@ -22,14 +23,13 @@ BLOCK = re.compile(r"(<!-- table: (\S+) (\S+)(?: (\S+))? -->\n).*?(<!-- end -->)
 DIGITS = {"time_us": 1, "tflops": 0, "tb_s": 2, "output_tok_s": 0, "steady_tok_s": 0, "itl_ms": 1, "accuracy": 3}
 
 
-def table(file: str, metric: str, prefix: str | None) -> str:
+def table(file: str, metric: str, cases: str | None) -> str:
     """The table of one metric of one result file, and the command that made it."""
     path = RESULTS / file
     record = json.loads(path.read_text())
-    rows = [row for row in results.load(path) if row.case.startswith(prefix or "")]
-    reference = "fa3" if any(row.backend == "fa3" for row in rows) else "torch_native"
+    rows = [row for row in results.load(path) if re.search(cases or "", row.case)]
     made = f"`{record['command']}` on {record['host']}, {record['date']}"
-    return f"{results.markdown(rows, metric, DIGITS.get(metric, 2), reference)}\n\n{made}\n"
+    return f"{results.markdown(rows, metric, DIGITS.get(metric, 2))}\n\n{made}\n"
 
 
 def render(text: str) -> str:
