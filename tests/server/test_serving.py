@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -84,29 +80,6 @@ def test_flushed_cache(server: Server, reference: Server, tolerance: float) -> N
     second = server.generate_all(random_prompts((210, 310, 410), seed=11), new_tokens=8)
     assert all(result.cached_tokens == 0 for result in second)
     assert max(deviations(first + second, reference)) <= tolerance
-
-
-def test_shared_prefix_throughput(server: Server, reference: Server, model: Path, tmp_path: Path) -> None:
-    """SGLang's own benchmark, eight requests behind a prefix of 2K: no slower than the reference, end to end."""
-    seconds = {
-        name: _bench_serving(one, model, tmp_path / f"{name}.jsonl")
-        for name, one in (("flashcore_sparse", server), ("torch_native", reference))
-    }
-    print(seconds)
-    assert seconds["flashcore_sparse"] <= seconds["torch_native"]
-
-
-def _bench_serving(server: Server, model: Path, output: Path) -> float:
-    workload = "--dataset-name generated-shared-prefix --gsp-num-groups 1 --gsp-prompts-per-group 8 "
-    workload += "--gsp-system-prompt-len 2048 --gsp-question-len 32 --gsp-output-len 64"
-    command = [sys.executable, "-m", "sglang.bench_serving", "--backend", "sglang", "--base-url", server.url]
-    command += ["--model", str(model), *workload.split(), "--flush-cache", "--disable-tqdm"]
-    command += ["--warmup-requests", "0", "--output-file", str(output)]
-    done = subprocess.run(command, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    result = json.loads(output.read_text().splitlines()[-1])
-    assert result["completed"] == 8
-    return float(result["duration"])
 
 
 def _rows_packed(server: Server) -> float:
