@@ -25,10 +25,11 @@ class Configuration:
 
 
 CONFIGURATIONS = (
-    # The scheduler is told to expect short answers: it takes in as many prompts as fit, and has to send some back.
+    # The scheduler expects answers of 8 tokens: it takes in as many prompts as fit, and has to send some back.
     Configuration(
         "page-1-tiny-pool",
         "--page-size 1 --max-total-tokens 900 --chunked-prefill-size 96 --schedule-conservativeness 0.05",
+        {"SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "8"},
         retracts=True,
     ),
     Configuration(
