@@ -166,7 +166,8 @@ def spread(reference: Server) -> float:
 
     In one, prompts are read and continued all at once; in the other, each sequence is read by itself.
     """
-    together = reference.generate_all(random_prompts((3, 17, 64, 65, 130, 200, 333, 500, 800, 1200), seed=1), 32)
+    lengths = 3 * (3, 17, 64, 65, 130, 200, 333, 500, 800, 1200)  # as many tokens as the tests compare
+    together = reference.generate_all(random_prompts(lengths, seed=1), 32)
     reference.flush()
     alone = [reference.generate(result.sequence, new_tokens=0) for result in together]
     return max(
