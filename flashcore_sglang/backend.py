@@ -24,7 +24,6 @@ from flashcore_sglang.plugin import BACKEND
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 PADDED_SEQ_LEN = 1  # of the rows that pad a captured batch: they read the one key of the dummy page
 NO_WINDOW = -1
 
@@ -272,7 +271,7 @@ class FlashcoreBackend(AttentionBackend):
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,
             page_size=self.page_size,
-            dtype=DTYPES[self.token_to_kv_pool.dtype],
+            dtype=ops.DTYPES[self.token_to_kv_pool.dtype],
             phase=name,
             features=self.features,
         )

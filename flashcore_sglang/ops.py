@@ -17,6 +17,8 @@ import torch
 from flashcore_sglang._load import load_library
 
 NAMES = ("page_table", "plan", "attend", "summarize", "select")
+# of q, k and v, as variants.Shape names them
+DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 @cache

@@ -18,7 +18,6 @@ from flashcore_sglang.planner import (
     make_planner,
 )
 
-DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 MIN_SIZE = 16  # of buffers that grow by doubling
 
 
@@ -132,8 +131,10 @@ class PagedAttention:
         """
         if kv_data_type not in (None, q_data_type):
             raise ValueError(f"kv_data_type: expected {q_data_type} as q_data_type, got {kv_data_type}; cast the cache")
-        if q_data_type not in DTYPES:
-            raise ValueError(f"q_data_type: expected one of {list(DTYPES)}, got {q_data_type}; cast q and the cache")
+        if q_data_type not in ops.DTYPES:
+            raise ValueError(
+                f"q_data_type: expected one of {list(ops.DTYPES)}, got {q_data_type}; cast q and the cache"
+            )
         if policy.upper() not in Policy.__members__:
             raise ValueError(f"policy: expected exact, window or topk, got {policy!r}")
         batch = _check_indices(qo_indptr, kv_indptr, kv_indices, kv_last_page_len)
@@ -160,7 +161,7 @@ class PagedAttention:
                 num_kv_heads=num_kv_heads,
                 head_dim=head_dim,
                 page_size=page_size,
-                dtype=DTYPES[q_data_type],
+                dtype=ops.DTYPES[q_data_type],
                 phase="decode" if decode else "prefill",
                 batch=batch,
                 features=_features(settings),

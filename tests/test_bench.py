@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from flashcore_sglang import reference
 from flashcore_sglang.bench import e2e, results
+from flashcore_sglang.bench.accuracy import sample, token_error
 from flashcore_sglang.bench.cases import DECODE_SUITES, DecodeCase, Heads
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -85,3 +87,19 @@ def test_saved_rows_come_back(tmp_path: Path) -> None:
 def test_readme_tables_are_what_the_result_files_say() -> None:
     done = subprocess.run([sys.executable, ROOT / "scripts/bench/readme_tables.py", "--check"], check=False)
     assert done.returncode == 0, "run scripts/bench/readme_tables.py"
+
+
+def test_errors_are_found_and_nan_is_infinite() -> None:
+    k, v = (torch.randn(5, 16, 2, 64, dtype=torch.float64) for _ in range(2))
+    q = torch.randn(1, 8, 64, dtype=torch.float64)
+    pages = torch.tensor([3, 0, 4], dtype=torch.int32)
+    table = torch.tensor([0, 1]), torch.tensor([0, 3]), pages, torch.tensor([7])
+    out, _ = reference.paged_attention(q, k, v, *table)
+    visible = 2 * 16 + 7
+    assert token_error(out[0], q[0], k, v, pages, visible) < 1e-12
+    out[0, 5, 3] += 0.25
+    assert token_error(out[0], q[0], k, v, pages, visible) == pytest.approx(0.25)
+    out[0, 5, 3] = torch.nan
+    assert token_error(out[0], q[0], k, v, pages, visible) == float("inf")
+    assert sample(100, 3) == [0, 49, 99]
+    assert sample(2, 4) == [0, 1]

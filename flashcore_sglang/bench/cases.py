@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ..ops import DTYPES
+
 
 @dataclass(frozen=True)
 class Heads:
@@ -106,6 +108,14 @@ class DecodeCase:
         scattered = torch.randperm(used)[table]
         return scattered.int().to(device), torch.tensor(lens, dtype=torch.int32, device=device), used
 
+    def csr(self, table: torch.Tensor, lens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What ``page_table`` returned as FlashInfer's (indptr, indices, last_page_len), int32."""
+        pages = (lens + self.page_size - 1) // self.page_size
+        indptr = torch.nn.functional.pad(pages.cumsum(0), (1, 0)).int()
+        columns = torch.arange(table.shape[1], device=table.device)
+        indices = table[columns[None] < pages[:, None]]
+        return indptr, indices, (lens - (pages - 1) * self.page_size).int()
+
 
 @dataclass(frozen=True)
 class PrefillCase:
@@ -122,10 +132,9 @@ class PrefillCase:
 
     @property
     def name(self) -> str:
-        dtype = {torch.bfloat16: "bf16", torch.float16: "fp16"}[self.dtype]
         prefix = f"/prefix{self.prefix}" + ("shared" if self.shared_prefix else "") if self.prefix else ""
         return (
-            f"prefill/b{self.batch}/s{self.new}{prefix}/{self.heads.name}/causal{int(self.causal)}/{dtype}/"
+            f"prefill/b{self.batch}/s{self.new}{prefix}/{self.heads.name}/causal{int(self.causal)}/{DTYPES[self.dtype]}/"
             f"p{self.page_size}"
         )
 

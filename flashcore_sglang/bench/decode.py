@@ -6,6 +6,7 @@ import torch
 
 from .. import PagedAttention
 from . import peers
+from .accuracy import sample, token_error
 from .cases import DECODE_SUITES, DecodeCase
 from .results import Results
 from .timing import measure
@@ -25,7 +26,7 @@ def flashcore_call(
 ) -> tuple[PagedAttention, peers.Call]:
     """Plans the case and returns the attention and its captured-ready run."""
     attention = PagedAttention(device=q.device)
-    indptr, indices, last = peers._csr(case, table, lens)
+    indptr, indices, last = case.csr(table, lens)
     h = case.heads
     qo_indptr = torch.arange(case.batch + 1, dtype=torch.int32, device=q.device)
     attention.plan(
@@ -55,16 +56,10 @@ def max_error(
     lens: torch.Tensor,
 ) -> float:
     """Largest absolute difference to fp64 over a few requests; NaN is infinite."""
-    h, worst = case.heads, 0.0
-    for row in torch.linspace(0, case.batch - 1, min(case.batch, _CHECKED)).long().tolist():
-        length = int(lens[row])
-        pages = table[row, : -(-length // case.page_size)].long()
-        keys, values = (x[pages].flatten(0, 1)[:length].double().transpose(0, 1) for x in (k, v))
-        query = q[row].double().view(h.kv, h.qo // h.kv, h.dim)
-        weights = torch.softmax(query @ keys.transpose(1, 2) * h.dim**-0.5, -1)
-        difference = (out[row].double() - (weights @ values).view(h.qo, h.dim)).abs().max().item()
-        worst = max(worst, difference if difference == difference else float("inf"))
-    return worst
+    return max(
+        token_error(out[row], q[row], k, v, table[row, : -(-int(lens[row]) // case.page_size)], int(lens[row]))
+        for row in sample(case.batch, _CHECKED)
+    )
 
 
 def run(results: Results, cases: list[DecodeCase], variants: list[str], with_peers: bool, repeats: int) -> None:

@@ -39,21 +39,13 @@ def decode_fa3(case: DecodeCase, q: Any, k: Any, v: Any, table: Any, lens: Any) 
     ).squeeze(1)
 
 
-def _csr(case: DecodeCase, table: torch.Tensor, lens: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    pages = (lens + case.page_size - 1) // case.page_size
-    indptr = torch.nn.functional.pad(pages.cumsum(0), (1, 0)).int()
-    columns = torch.arange(table.shape[1], device=table.device)
-    indices = table[columns[None] < pages[:, None]]
-    return indptr, indices, (lens - (pages - 1) * case.page_size).int()
-
-
 def decode_flashinfer(case: DecodeCase, q: Any, k: Any, v: Any, table: Any, lens: Any) -> Call | None:
     """FlashInfer's batch decode wrapper on tensor cores."""
     module = available("flashinfer")
     if module is None:
         return None
     wrapper = module.BatchDecodeWithPagedKVCacheWrapper(_workspace(), "NHD", use_tensor_cores=True)
-    indptr, indices, last = _csr(case, table, lens)
+    indptr, indices, last = case.csr(table, lens)
     h = case.heads
     types = {"q_data_type": q.dtype, "kv_data_type": k.dtype}
     wrapper.plan(indptr.cpu(), indices.cpu(), last.cpu(), h.qo, h.kv, h.dim, case.page_size, **types)

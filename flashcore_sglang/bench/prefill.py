@@ -6,6 +6,7 @@ import torch
 
 from .. import PagedAttention
 from . import peers
+from .accuracy import sample, token_error
 from .cases import PrefillCase
 from .results import Results
 from .timing import measure
@@ -58,16 +59,11 @@ def flashcore_call(case: PrefillCase, variant: str, q: torch.Tensor, cache: tupl
 def max_error(case: PrefillCase, out: torch.Tensor, q: torch.Tensor, cache: tuple[torch.Tensor, ...]) -> float:
     """Largest absolute difference to fp64 over a few query tokens; NaN is infinite."""
     k_cache, v_cache, table, _ = cache
-    h, worst = case.heads, 0.0
-    for token in torch.linspace(0, q.shape[0] - 1, _CHECKED_ROWS).long().tolist():
+    worst = 0.0
+    for token in sample(q.shape[0], _CHECKED_ROWS):
         request, index = divmod(token, case.new)
         visible = case.prefix + (index + 1 if case.causal else case.new)
-        pages = table[request].long()
-        keys, values = (x[pages].flatten(0, 1)[:visible].double().transpose(0, 1) for x in (k_cache, v_cache))
-        query = q[token].double().view(h.kv, h.qo // h.kv, h.dim)
-        weights = torch.softmax(query @ keys.transpose(1, 2) * h.dim**-0.5, -1)
-        difference = (out[token].double() - (weights @ values).view(h.qo, h.dim)).abs().max().item()
-        worst = max(worst, difference if difference == difference else float("inf"))
+        worst = max(worst, token_error(out[token], q[token], k_cache, v_cache, table[request], visible))
     return worst
 
 
