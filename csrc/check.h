@@ -1,5 +1,5 @@
 // Argument checks of the ops. Each message names the op, the argument, what was expected, what came and what to do.
-// No torch here: ops.cpp describes a tensor as a TensorArg.
+// No torch here: ops/tensors.h describes a tensor as a TensorArg.
 #pragma once
 
 #include <cstdint>
@@ -142,6 +142,42 @@ inline void require_16_byte_rows(const TensorArg& arg, int64_t element_size) {
     fail(arg.op, arg.name, ": expected the data and every stride to be multiples of 16 bytes, got strides ",
          shape_text(arg.strides), " of ", element_size, " bytes; call .contiguous()");
   }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// What every op over q and a paged cache asks of them
+// ---------------------------------------------------------------------------------------------------------------------
+
+inline int64_t element_size(Scalar scalar) { return scalar == Scalar::fp32 ? 4 : 2; }
+
+inline void require_float(const TensorArg& arg) {
+  if (arg.device == kCpu) {
+    require_scalar(arg, {Scalar::bf16, Scalar::fp16, Scalar::fp32});
+  } else {
+    require_scalar(arg, {Scalar::bf16, Scalar::fp16});
+  }
+}
+
+inline void require_cache(const TensorArg& arg, const TensorArg& like, int64_t head_dim) {
+  require_shape(arg, {kAnySize, kAnySize, kAnySize, head_dim}, "(pages, page_size, kv_heads, head_dim)");
+  require_scalar(arg, {like.scalar});
+  require_device(arg, like.device);
+  require_unit_last_stride(arg);
+  if (arg.device != kCpu) require_16_byte_rows(arg, element_size(arg.scalar));
+}
+
+inline void require_q(const TensorArg& q) {
+  require_shape(q, {kAnySize, kAnySize, kAnySize}, "(tokens, heads, head_dim)");
+  require_float(q);
+  require_unit_last_stride(q);
+  if (q.device != kCpu) require_16_byte_rows(q, element_size(q.scalar));
+}
+
+inline int32_t require_group(const char* op, int64_t num_qo_heads, int64_t num_kv_heads) {
+  require(num_kv_heads > 0 && num_qo_heads % num_kv_heads == 0, op,
+          "heads: expected the query heads to be a multiple of ", num_kv_heads, " KV heads, got ", num_qo_heads,
+          "; pass q and the cache of the same layer");
+  return static_cast<int32_t>(num_qo_heads / num_kv_heads);
 }
 
 }  // namespace flashcore

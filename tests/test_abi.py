@@ -82,6 +82,14 @@ def test_the_target_is_the_one_that_the_build_uses() -> None:
     assert f"TORCH_TARGET_VERSION={TARGET_VERSION}" in build.read_text()
 
 
+def test_torch_stops_at_the_ops() -> None:
+    folder = Path(__file__).parents[1] / "csrc"
+    sources = {path.relative_to(folder): path.read_text() for path in folder.rglob("*.[chc]*") if path.is_file()}
+    users = {str(path) for path, text in sources.items() if re.search(r"#include [<\"](torch|ATen|c10)/", text)}
+    assert "ops.cpp" in users
+    assert {name for name in users if not name.startswith("ops")} == set()
+
+
 def test_it_loads_and_registers_its_ops() -> None:
     assert load_library() == library_path()
     for op in ("page_table", "plan", "attend", "summarize", "select", "cublaslt_workspace", "build_info"):
