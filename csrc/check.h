@@ -11,10 +11,19 @@
 
 namespace flashcore {
 
-enum class Scalar : int32_t { bf16 = 0, fp16 = 1, fp32 = 2, int32 = 3, int64 = 4, other = 5 };  // bf16..fp32: as DType
+enum class Scalar : int32_t {
+  bf16 = 0,
+  fp16 = 1,
+  fp32 = 2,
+  int32 = 3,
+  int64 = 4,
+  fp8 = 5,
+  other = 6
+};  // bf16..fp32: as DType
 
 inline const char* name_of(Scalar scalar) {
-  constexpr const char* kNames[] = {"bfloat16", "float16", "float32", "int32", "int64", "another dtype"};
+  constexpr const char* kNames[] = {"bfloat16", "float16",       "float32",      "int32",
+                                    "int64",    "float8_e4m3fn", "another dtype"};
   return kNames[static_cast<int32_t>(scalar)];
 }
 

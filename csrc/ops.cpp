@@ -42,18 +42,20 @@ STABLE_TORCH_LIBRARY(flashcore, m) {
   m.def(
       "plan(Tensor(a!)[] plan, Tensor(b!) scratch, int num_tokens, int num_kv_heads, int group, int page_size, "
       "int num_pages, int rows_per_tile, int max_partials, bool causal, int window_left, int policy, int sink_pages, "
-      "int recent_pages, int budget_pages, int sparse_begin, bool share, int split_keys) -> ()");
+      "int recent_pages, int budget_pages, int budget_share, int list_pages, int sparse_begin, bool share, "
+      "int split_keys) -> ()");
   m.def(
       "attend(Tensor q, Tensor k_cache, Tensor v_cache, Tensor[] plan, Tensor(a!) partial_o, Tensor(b!) partial_lse, "
       "Tensor(c!) out, Tensor(d!)? lse, int rows_per_tile, float sm_scale, bool causal, int window_left, "
       "float logits_soft_cap, bool decode, str variant, Tensor(e!)? workspace=None, int max_qo_len=0, "
       "int max_kv_len=0) -> ()");
   m.def(
-      "summarize(Tensor k_cache, Tensor kv_indptr, Tensor kv_indices, Tensor last_page_len, Tensor? first_page, "
-      "int max_columns, Tensor(a!) summaries) -> ()");
+      "summarize(Tensor k_cache, Tensor kv_indptr, Tensor kv_indices, Tensor last_page_len, Tensor first_page, "
+      "int max_columns, int summary_kind, Tensor(a!) summaries) -> ()");
   m.def(
-      "select(Tensor q, Tensor summaries, Tensor(a!)[] plan, Tensor(b!) scores, int page_size, int max_columns, "
-      "int sink_pages, int recent_pages, int budget_pages, int sparse_begin, float std_weight) -> ()");
+      "select(Tensor q, Tensor k_cache, Tensor(a!)[] plan, Tensor(b!) summaries, Tensor(c!) scores, int max_columns, "
+      "int summary_kind, int group_reduction, float std_weight, float sm_scale, int sink_pages, int recent_pages, "
+      "int budget_pages, int budget_share, int list_pages, int sparse_begin) -> ()");
   m.def(
       "cublaslt_workspace(int batch, int max_qo_len, int max_kv_len, int num_kv_heads, int group, int head_dim, "
       "bool fp16, bool causal, int matmul_bytes) -> int");

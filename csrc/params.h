@@ -87,6 +87,14 @@ struct PageTableParams {
 
 enum class Policy : int32_t { exact = 0, window = 1, topk = 2 };
 
+// Pages that a request of `pages` reads under policy topk: budget_pages, or a share of its own in 65536ths where that
+// is more, as long as a list holds them.
+constexpr int32_t topk_pages(int32_t pages, int32_t budget_pages, int32_t budget_share, int32_t list_pages) {
+  const int32_t share = static_cast<int32_t>((int64_t{pages} * budget_share + 65535) / 65536);
+  const int32_t wanted = share > budget_pages ? share : budget_pages;
+  return wanted < list_pages ? wanted : list_pages;
+}
+
 // From a CSR page table to rows, tiles and CTA ranges.
 struct PlanParams {
   Plan plan;
@@ -96,7 +104,8 @@ struct PlanParams {
   int32_t num_kv_heads, group, page_size, num_pages;
   int32_t causal, window_left;  // window_left < 0: off
   Policy policy;                // window and topk apply to requests of one query token only
-  int32_t sink_pages, recent_pages, budget_pages;
+  int32_t sink_pages, recent_pages, budget_pages, budget_share;
+  int32_t list_pages;    // entries of a sparse row's page list, at least what the row reads
   int32_t sparse_begin;  // where the lists of sparse rows start in kv_indices
   int32_t share;         // find and pack shared prefixes (requests of one query token only)
   int32_t split_keys;    // 0: balance tiles over the CTAs; else cut every row each split_keys keys, whatever the batch
@@ -127,33 +136,49 @@ struct AttendParams {
   void* stream;
 };
 
-// Page summaries: per page and KV head the mean and the standard deviation of K in each channel.
+// What stands for the keys of a page when it is scored: one or two vectors of head_dim channels for each KV head.
+enum class SummaryKind : int32_t { mean_std = 0, min_max = 1, mean = 2 };
+
+struct PageSummaries {
+  void* data;  // [num_pages, num_kv_heads, vectors, head_dim], dtype of k, or e4m3 where fp8
+  SummaryKind kind;
+  int32_t fp8;
+
+  constexpr int32_t vectors() const { return kind == SummaryKind::mean ? 1 : 2; }
+};
+
+// Summaries of pages whose keys changed.
 struct SummarizeParams {
   const void* k;                 // [num_pages, page_size, num_kv_heads, head_dim]
   const int32_t* kv_indptr;      // [batch + 1]
   const int32_t* kv_indices;     // [max_pages]
   const int32_t* last_page_len;  // [batch]
-  const int32_t* first_page;     // [batch] first page column to rebuild, or nullptr: only the last one
-  void* summaries;               // [num_pages, 2, num_kv_heads, head_dim], dtype of k
+  const int32_t* first_page;     // [batch] first page column to rebuild; nullptr: the last one, where it is full
+  PageSummaries summaries;
   int64_t k_stride_page, k_stride_token, k_stride_head;
   int32_t batch, max_columns, num_kv_heads, head_dim, page_size, num_pages;
   DType dtype;
   void* stream;
 };
 
+// How the scores of a KV head's query heads become one.
+enum class GroupReduction : int32_t { max = 0, mean = 1, logsumexp = 2 };
+
 // Scores every page of each sparse request for each KV head and writes the chosen ones, in the order of the sequence,
-// into the sparse part of kv_indices. Requests within the budget are left alone: their rows are dense.
+// into the sparse part of kv_indices. Requests within the budget are left alone: their rows are dense. Before that, a
+// page that the step has filled gets its summary: until then it is the last one, which is read without a score.
 struct SelectParams {
   Plan plan;
+  SummarizeParams pages;  // its kv_indptr, kv_indices and last_page_len are the plan's, first_page is nullptr
   const void* q;          // [batch, num_qo_heads, head_dim]
-  const void* summaries;  // [num_pages, 2, num_kv_heads, head_dim]
   float* scores;          // [batch * num_kv_heads, max_columns] scratch
   int64_t q_stride_token, q_stride_head;
-  float std_weight;  // score = max over the group of q.mean + std_weight * |q|.std
-  int32_t batch, max_columns, num_qo_heads, num_kv_heads, head_dim, page_size;
-  int32_t sink_pages, recent_pages, budget_pages, sparse_begin;
-  DType dtype;
-  void* stream;
+  GroupReduction group_reduction;
+  float std_weight;  // of the deviations of summary kind mean_std
+  float sm_scale;    // of the logits; logsumexp only
+  int32_t num_qo_heads;
+  int32_t sink_pages, recent_pages, budget_pages, budget_share, list_pages, sparse_begin;
+  int32_t num_sms;
 };
 
 // Every run_* returns 0 or a cudaError_t (CPU: 0).

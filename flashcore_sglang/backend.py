@@ -19,7 +19,7 @@ from sglang.srt.layers.radix_attention import RadixAttention
 from flashcore_sglang import compat, config, ops, refusals, variants
 from flashcore_sglang.metrics import PlanMetrics
 from flashcore_sglang.phase import Batch, Phase
-from flashcore_sglang.planner import Capacity, PlannerOptions, Policy, Summaries, SummarySpec
+from flashcore_sglang.planner import Capacity, PlannerOptions, Policy, Summaries, SummaryKind, SummarySpec
 from flashcore_sglang.plugin import BACKEND
 
 logger = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ class FlashcoreBackend(AttentionBackend):
         self.windows = tuple(sorted({_window(layer) for layer in layers})) or (NO_WINDOW,)
         self.features = _features(layers)
 
-        self.options = PlannerOptions.from_config(self.config, self.page_size)
+        self.options = PlannerOptions.from_config(self.config, self.page_size, self.max_columns)
         self.summaries = self._make_summaries(layers) if self.options.policy is Policy.TOPK else None
         self.machine = variants.device_of(self.device, self.config.cpu_threads)
         self.graph_decode: Phase | None = None
@@ -302,10 +302,14 @@ class FlashcoreBackend(AttentionBackend):
             head_dim=self.head_dim,
             dtype=pool.dtype,
             max_columns=self.max_columns,
+            dense_layers=self.config.dense_layers,
+            reuse_layers=self.config.reuse_layers,
+            kind=SummaryKind[self.config.summary_kind.upper()],
+            fp8=self.config.summary_dtype == "fp8",
         )
         size = spec.num_bytes(self.num_pages, self.num_kv_heads)
         _log_once(f"flashcore_sparse: page summaries take {size >> 20} MiB")
-        return Summaries(spec, self.num_pages, self.num_kv_heads, self.options.dense_layers, self.device)
+        return Summaries(spec, self.num_pages, self.num_kv_heads, self.device)
 
     def _wants_metrics(self, server_has_them: bool) -> bool:
         """Every rank plans the same batch, so the first one counts."""

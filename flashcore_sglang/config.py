@@ -41,9 +41,20 @@ class Config(BaseSettings):
     sink_tokens: int = Field(128, ge=0, description="window, topk: tokens always read at the start of a request")
     recent_tokens: int = Field(512, ge=1, description="window, topk: tokens always read at the end of a request")
     budget_tokens: int = Field(4096, ge=1, description="topk: tokens read in all; shorter requests are read whole")
+    budget_fraction: float | None = Field(
+        None, ge=0, le=1, description="topk: fraction of a request read where that is more than budget_tokens"
+    )
+    summary_kind: Literal["mean_std", "min_max", "mean"] = Field(
+        "mean_std", description="topk: what stands for a page's keys; mean takes half of the memory"
+    )
+    summary_dtype: Literal["auto", "fp8"] = Field("auto", description="topk: of the summaries; auto: as the KV cache")
+    group_reduction: Literal["max", "mean", "logsumexp"] = Field(
+        "max", description="topk: one score of a KV head's query heads"
+    )
+    reuse_layers: int = Field(1, ge=1, description="topk: layers in a row that read the pages the first one chose")
     dense_layers: int = Field(2, ge=0, description="topk: layers at the front that read everything")
     std_weight: float = Field(
-        1.0, ge=0, allow_inf_nan=False, description="topk: weight of |q|.std beside q.mean in a page's score"
+        1.0, ge=0, allow_inf_nan=False, description="topk: weight of |q|.std beside q.mean in a page's score (mean_std)"
     )
     cublaslt_ws_mb: int = Field(32, ge=0, le=4096, description="MiB of cuBLASLt workspace")
     cpu_threads: int = Field(0, ge=0, le=4096, description="threads of the cpu variant; 0: all cores")
@@ -189,6 +200,8 @@ def _words(schema: dict[str, Any]) -> str:
         return "one of " + ", ".join(map(str, schema["enum"]))
     if "const" in schema:
         return str(schema["const"])
+    if schema["type"] == "null":
+        return "null"
     if schema["type"] == "boolean":
         return "true or false"
     text = {"integer": "a whole number", "number": "a number"}[schema["type"]]

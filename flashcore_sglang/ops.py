@@ -78,6 +78,8 @@ def plan(
     sink_pages: int,
     recent_pages: int,
     budget_pages: int,
+    budget_share: int,
+    list_pages: int,
     sparse_begin: int,
     share: bool,
     split_keys: int,
@@ -95,6 +97,8 @@ def plan(
         causal, window_left: masks; ``window_left`` in keys, negative: off.
         policy: a ``Policy``.
         sink_pages, recent_pages, budget_pages: of policies window and topk.
+        budget_share: topk: 65536ths of a request's pages to read where that is more than ``budget_pages``.
+        list_pages: entries of the page list of a sparse row.
         sparse_begin: where the lists of sparse rows start in ``kv_indices``.
         share: pack requests that share pages.
         split_keys: 0, or the fixed length of a tile in keys.
@@ -115,6 +119,8 @@ def plan(
         sink_pages,
         recent_pages,
         budget_pages,
+        budget_share,
+        list_pages,
         sparse_begin,
         share,
         split_keys,
@@ -188,60 +194,80 @@ def summarize(
     kv_indptr: torch.Tensor,
     kv_indices: torch.Tensor,
     last_page_len: torch.Tensor,
-    first_page: torch.Tensor | None,
-    max_columns: int,
+    first_page: torch.Tensor,
     summaries: torch.Tensor,
+    *,
+    max_columns: int,
+    summary_kind: int,
 ) -> None:
-    """Writes the mean and the standard deviation of K over each changed page, per KV head and channel.
+    """Writes what stands for the keys of each changed page, per KV head and channel.
 
     Args:
         k_cache: ``[pages, page_size, kv_heads, head_dim]``.
         kv_indptr, kv_indices, last_page_len: the CSR page table of the batch, int32.
-        first_page: int32 ``[batch]`` page column of each request from which on pages changed; None: the last one only.
+        first_page: int32 ``[batch]`` page column of each request from which on pages changed.
+        summaries: out, ``[pages, kv_heads, vectors, head_dim]`` of the dtype of ``k_cache`` or float8_e4m3fn.
         max_columns: bound on the pages of a request.
-        summaries: out, ``[pages, 2, kv_heads, head_dim]`` of the dtype of ``k_cache``.
+        summary_kind: a ``SummaryKind``; mean has one vector, the others two.
     """
-    library().summarize(k_cache, kv_indptr, kv_indices, last_page_len, first_page, max_columns, summaries)
+    library().summarize(
+        k_cache, kv_indptr, kv_indices, last_page_len, first_page, max_columns, summary_kind, summaries
+    )
 
 
 def select(
     q: torch.Tensor,
-    summaries: torch.Tensor,
+    k_cache: torch.Tensor,
     plan: Sequence[torch.Tensor],
+    summaries: torch.Tensor,
     scores: torch.Tensor,
     *,
-    page_size: int,
     max_columns: int,
+    summary_kind: int,
+    group_reduction: int,
+    std_weight: float,
+    sm_scale: float,
     sink_pages: int,
     recent_pages: int,
     budget_pages: int,
+    budget_share: int,
+    list_pages: int,
     sparse_begin: int,
-    std_weight: float,
 ) -> None:
     """Writes the pages that each sparse request and KV head reads into the sparse part of ``kv_indices``.
 
+    The last page of a request is always read; where the batch's tokens have filled it, it gets its summary.
+
     Args:
         q: ``[batch, heads, head_dim]``, one token of each request.
-        summaries: ``[pages, 2, kv_heads, head_dim]`` of ``summarize``.
+        k_cache: ``[pages, page_size, kv_heads, head_dim]`` with the keys of these tokens.
         plan: ``Plan.tensors()`` of policy topk.
+        summaries: ``[pages, kv_heads, vectors, head_dim]`` of ``summarize``.
         scores: scratch, fp32, at least ``batch * kv_heads * max_columns``.
-        page_size: keys in a page.
         max_columns: bound on the pages of a request.
-        sink_pages, recent_pages, budget_pages, sparse_begin: what the plan was made with.
-        std_weight: score of a page = max over the group of q.mean + std_weight * |q|.std.
+        summary_kind: what ``summaries`` were made with.
+        group_reduction: a ``GroupReduction`` of the scores of a KV head's query heads.
+        std_weight: of kind mean_std: q.mean + std_weight * |q|.std.
+        sm_scale: of the logits, for logsumexp.
+        sink_pages, recent_pages, budget_pages, budget_share, list_pages, sparse_begin: what the plan was made with.
     """
     library().select(
         q,
-        summaries,
+        k_cache,
         plan,
+        summaries,
         scores,
-        page_size,
         max_columns,
+        summary_kind,
+        group_reduction,
+        std_weight,
+        sm_scale,
         sink_pages,
         recent_pages,
         budget_pages,
+        budget_share,
+        list_pages,
         sparse_begin,
-        std_weight,
     )
 
 

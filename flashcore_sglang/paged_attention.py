@@ -14,6 +14,7 @@ from flashcore_sglang.planner import (
     PlannerOptions,
     Policy,
     Summaries,
+    SummaryKind,
     SummarySpec,
     make_planner,
 )
@@ -152,8 +153,9 @@ class PagedAttention:
             window_left=max(window_left, -1),
             logits_soft_cap=logits_soft_cap or 0.0,
         )
+        max_columns = self._size("max_pages", pages.numel(), "pages")
         options = replace(
-            PlannerOptions.from_config(self._config, page_size), policy=Policy[policy.upper()], dense_layers=0
+            PlannerOptions.from_config(self._config, page_size, max_columns), policy=Policy[policy.upper()]
         )
         choice = variants.choose(
             variants.Shape(
@@ -184,7 +186,7 @@ class PagedAttention:
         capacity = Capacity(
             batch=self._size("max_batch", batch, "batch"),
             tokens=self._size("max_tokens", settings.num_tokens, "tokens"),
-            pages=self._size("max_pages", pages.numel(), "pages"),
+            pages=max_columns,
             num_pages=self._size("max_pages", high + 1, "num_pages"),
             num_kv_heads=num_kv_heads,
             group=num_qo_heads // num_kv_heads,
@@ -305,8 +307,15 @@ class PagedAttention:
         capacity, device = layout.capacity, self.device
         summaries = None
         if layout.options.policy is Policy.TOPK:
-            spec = SummarySpec(layers=[0], head_dim=layout.head_dim, dtype=layout.dtype, max_columns=capacity.pages)
-            summaries = Summaries(spec, capacity.num_pages, capacity.num_kv_heads, 0, device)
+            spec = SummarySpec(
+                layers=[0],
+                head_dim=layout.head_dim,
+                dtype=layout.dtype,
+                max_columns=capacity.pages,
+                kind=SummaryKind[self._config.summary_kind.upper()],
+                fp8=self._config.summary_dtype == "fp8",
+            )
+            summaries = Summaries(spec, capacity.num_pages, capacity.num_kv_heads, device)
         self._planner = make_planner(layout.options, capacity, device, summaries)
         self._first_page = torch.zeros(capacity.batch, dtype=torch.int32, device=device)
         self._partial_o = torch.empty((capacity.max_partials, layout.head_dim), dtype=torch.float32, device=device)

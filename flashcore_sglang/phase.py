@@ -131,8 +131,9 @@ class Phase:
     def after_store(self, window: int, layer_id: int, k_cache: torch.Tensor) -> None:
         """Brings the summaries up to date once the new K of a layer is in ``k_cache``.
 
-        A decode step changes the last page of each request. An extend may have been given pages that held other keys
-        before, or have got its prefix from the radix cache: it rebuilds all pages of its requests.
+        A decode step changes the last page of each request, which its planner sees to. An extend may have been given
+        pages that held other keys before, or have got its prefix from the radix cache: it rebuilds all pages of its
+        requests.
         """
         planner = self.planner(window)
         if self.decode:

@@ -14,6 +14,7 @@ from typing import Any
 from flashcore_sglang.config import Config
 
 OTHER_BACKEND = "--attention-backend fa3"
+MIN_SUMMARY_PAGE = 16  # tokens: there summaries take 6 % of the KV cache, and reading them as much of the time
 KV_DTYPES = ("torch.bfloat16", "torch.float16", "torch.float32")
 
 
@@ -113,6 +114,12 @@ SERVER_RULES = (
     ),
 )
 TOPK_RULES = (
+    Rule(
+        f"policy topk with pages of fewer than {MIN_SUMMARY_PAGE} tokens, whose summaries would cost more than they "
+        "save:",
+        lambda s: s.pool.page_size < MIN_SUMMARY_PAGE and s.pool.page_size,
+        f"--page-size 64, or {_EXACT}",
+    ),
     Rule("policy topk with HiCache", lambda s: s.arg("enable_hierarchical_cache"), _EXACT),
     Rule(
         "policy topk with PD disaggregation",

@@ -7,7 +7,9 @@ of every token once, tiles partition rows, CTAs partition tiles evenly, merge li
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 import torch
 
@@ -36,6 +38,7 @@ class Batch:
     sink_pages: int = 1
     recent_pages: int = 2
     budget_pages: int = 5
+    budget_share: int = 0  # 65536ths of a request's pages
     share: bool = True
     split_keys: int = 0
 
@@ -57,16 +60,24 @@ class Batch:
         pages = {
             Policy.EXACT: 0,
             Policy.WINDOW: self.sink_pages + self.recent_pages,
-            Policy.TOPK: self.budget_pages,
+            Policy.TOPK: max(self.budget_pages, self.share_of(len(self.tables[r]))),
         }[self.policy]
         return pages if pages and self.q_lens[r] == 1 and len(self.tables[r]) > pages else 0
 
-    def capacity(self, **changes: int) -> Capacity:
-        lists = {
+    def share_of(self, pages: int) -> int:
+        return math.ceil(Fraction(self.budget_share, 65536) * pages)
+
+    @property
+    def list_pages(self) -> int:
+        longest = max(map(len, self.tables), default=0)
+        return {
             Policy.EXACT: 0,
             Policy.WINDOW: self.sink_pages + self.recent_pages,
-            Policy.TOPK: self.budget_pages * self.num_kv_heads,
+            Policy.TOPK: max(self.budget_pages, self.share_of(longest)),
         }[self.policy]
+
+    def capacity(self, **changes: int) -> Capacity:
+        lists = self.list_pages * (self.num_kv_heads if self.policy is Policy.TOPK else 1)
         sizes = {
             "batch": self.size,
             "tokens": sum(self.q_lens),
@@ -114,6 +125,8 @@ class Batch:
             sink_pages=self.sink_pages,
             recent_pages=self.recent_pages,
             budget_pages=self.budget_pages,
+            budget_share=self.budget_share,
+            list_pages=self.list_pages,
             sparse_begin=c.pages,
             share=self.share,
             split_keys=self.split_keys,
@@ -243,8 +256,8 @@ def check_sparse_row(view: PlanView, batch: Batch, r: int, rows: list[RowView]) 
         chosen = view.kv_indices[row.page_begin : row.page_begin + pages]
         assert chosen == table[: batch.sink_pages] + table[len(table) - batch.recent_pages :]
     else:
-        assert row.head_stride == pages
-        assert row.page_begin == dense_end + r * batch.num_kv_heads * pages
+        assert row.head_stride == batch.list_pages
+        assert row.page_begin == dense_end + r * batch.num_kv_heads * batch.list_pages
 
 
 def check_tiles(view: PlanView, batch: Batch, capacity: Capacity) -> None:

@@ -101,6 +101,11 @@ MISTAKES = [
         {"FLASHCORE_BUDGET_TOKENS": "4k"},
     ),
     Mistake(
+        "fraction",
+        "FLASHCORE_BUDGET_FRACTION: expected a number, at least 0, at most 1 or null, got '30'",
+        {"FLASHCORE_BUDGET_FRACTION": "30"},
+    ),
+    Mistake(
         "multiple", "expected a whole number, at least 64, a multiple of 64, got '100'", {"FLASHCORE_SPLIT_KEYS": "100"}
     ),
     Mistake("negative", "sink_tokens: expected a whole number, at least 0, got -1", file="sink_tokens: -1"),

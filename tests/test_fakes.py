@@ -30,7 +30,7 @@ def test_plan() -> None:
     plan = kit.make_plan(make(decode("decode", 40, 3)))
     c = plan.capacity
     sizes = (2, c.num_kv_heads, c.group, c.page_size, c.num_pages, c.rows_per_tile, c.max_partials)
-    args = (plan.tensors(), plan.scratch, *sizes, True, -1, 0, 0, 1, 0, c.pages, True, 0)
+    args = (plan.tensors(), plan.scratch, *sizes, True, -1, 0, 0, 1, 0, 0, 0, c.pages, True, 0)
     torch.library.opcheck(ops.library().plan.default, args, test_utils=CHECKS)
 
 
@@ -44,7 +44,7 @@ def test_page_table() -> None:
 def test_summarize() -> None:
     k_cache = torch.randn(4, 16, 2, 64)
     table = (indptr([2, 2]), torch.arange(4, dtype=torch.int32), torch.tensor([3, 16], dtype=torch.int32))
-    args = (k_cache, *table, None, 2, torch.zeros(4, 2, 2, 64))
+    args = (k_cache, *table, torch.zeros(2, dtype=torch.int32), 2, 0, torch.zeros(4, 2, 2, 64))
     torch.library.opcheck(ops.library().summarize.default, args, test_utils=CHECKS)
 
 
@@ -52,8 +52,9 @@ def test_select() -> None:
     problem = make(decode("select", 40, 3))
     plan = kit.make_plan(problem)
     summaries = torch.randn(problem.k_cache.shape[0], 2, 2, 64).to(torch.bfloat16)
-    args = (problem.q, summaries, plan.tensors(), torch.zeros(2 * 2 * 8), 16, 8, 1, 1, 4, plan.capacity.pages, 1.0)
-    torch.library.opcheck(ops.library().select.default, args, test_utils=CHECKS)
+    scores = torch.zeros(2 * 2 * 8)
+    args = (problem.q, problem.k_cache, plan.tensors(), summaries, scores, 8, 0, 0, 1.0, 0.125, 1, 1, 4, 0, 4)
+    torch.library.opcheck(ops.library().select.default, (*args, plan.capacity.pages), test_utils=CHECKS)
 
 
 def test_fake_tensors_never_reach_a_kernel() -> None:

@@ -56,6 +56,7 @@ CASES: dict[str, Batch] = {
     "window policy": private([30, 48, 49, 64, 500, 0], policy=Policy.WINDOW),
     "window policy, no sinks": private([30, 17, 500], policy=Policy.WINDOW, sink_pages=0, recent_pages=1),
     "topk policy": private([30, 80, 81, 64, 500], policy=Policy.TOPK),
+    "topk policy of a fraction": private([30, 80, 81, 500, 3000], policy=Policy.TOPK, budget_share=20000),
 }
 
 

@@ -134,7 +134,8 @@ class HybridLinearKVPool(MHATokenToKVPool):
 
 
 def make_pool(kind: type = MHATokenToKVPool, **changes: Any) -> Any:
-    return kind(**{"kv_cache_layout": "nhd", "dtype": torch.bfloat16, "head_dim": 128, "v_head_dim": 128} | changes)
+    usual = {"kv_cache_layout": "nhd", "dtype": torch.bfloat16, "head_dim": 128, "v_head_dim": 128, "page_size": 64}
+    return kind(**usual | changes)
 
 
 def make_server(
@@ -209,6 +210,12 @@ SERVERS = (
     ),
     Refused("v-head", lambda: make_server(pool=make_pool(v_head_dim=64)), "V heads of another size", "fa3"),
     Refused(
+        "topk-small-pages",
+        lambda: make_server(policy="topk", pool=make_pool(page_size=8)),
+        "policy topk with pages of fewer than 16 tokens, whose summaries would cost more than they save: 8",
+        "--page-size 64",
+    ),
+    Refused(
         "topk-hicache",
         lambda: make_server(policy="topk", enable_hierarchical_cache=True),
         "policy topk with HiCache",
@@ -263,9 +270,9 @@ def test_layer_is_refused(case: Refused) -> None:
     "server",
     [
         make_server(),
-        make_server(policy="topk", disaggregation_mode="null"),
+        make_server(policy="topk", disaggregation_mode="null", pool=make_pool(page_size=16)),
         make_server(enable_hierarchical_cache=True, disaggregation_mode="prefill", enable_two_batch_overlap=True),
-        make_server(backends=("fa3", plugin.BACKEND), pool=make_pool(dtype=torch.float16)),
+        make_server(backends=("fa3", plugin.BACKEND), pool=make_pool(dtype=torch.float16, page_size=1)),
     ],
     ids=["plain", "topk", "exact-under-all", "split"],
 )

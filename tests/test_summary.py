@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -10,9 +10,19 @@ from plan_oracle import Batch, check_plan
 from test_plan import private
 
 from flashcore_sglang import ops
-from flashcore_sglang.planner import Plan, PlannerOptions, Policy, Summaries, SummarySpec, make_planner
+from flashcore_sglang.planner import (
+    GroupReduction,
+    Plan,
+    PlannerOptions,
+    Policy,
+    Summaries,
+    SummaryKind,
+    SummarySpec,
+    make_planner,
+)
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+FP8 = torch.float8_e4m3fn
 
 
 @dataclass(frozen=True)
@@ -26,7 +36,16 @@ class Case:
     sink_pages: int = 1
     recent_pages: int = 2
     budget_pages: int = 5
+    budget_share: int = 0
+    kind: SummaryKind = SummaryKind.MEAN_STD
+    fp8: bool = False
+    reduction: GroupReduction = GroupReduction.MAX
+    std_weight: float = 1.0
     ties: bool = False  # few distinct keys: many pages score alike
+
+    @property
+    def summary_dtype(self) -> torch.dtype:
+        return FP8 if self.fp8 else self.dtype
 
     def batch(self) -> Batch:
         return private(
@@ -38,6 +57,7 @@ class Case:
             sink_pages=self.sink_pages,
             recent_pages=self.recent_pages,
             budget_pages=self.budget_pages,
+            budget_share=self.budget_share,
         )
 
     def cache(self, num_pages: int) -> torch.Tensor:
@@ -55,27 +75,57 @@ class Case:
 CASES = {
     "bf16": Case((30, 80, 81, 300, 1000)),
     "fp16": Case((300, 95), dtype=torch.float16),
+    "means alone": Case((30, 80, 81, 300, 1000), std_weight=0.0),
+    "min and max": Case((30, 80, 81, 300, 1000), kind=SummaryKind.MIN_MAX),
+    "one mean": Case((30, 80, 81, 300, 1000), kind=SummaryKind.MEAN),
+    "fp8": Case((30, 80, 81, 300, 1000), fp8=True),
+    "fp8 of fp16, min and max": Case((300, 95), dtype=torch.float16, fp8=True, kind=SummaryKind.MIN_MAX),
+    "fp8, one mean, head size 64": Case((900,), fp8=True, kind=SummaryKind.MEAN, head_dim=64),
+    "mean of the group": Case((300, 1000), reduction=GroupReduction.MEAN),
+    "logsumexp of the group": Case((300, 1000), reduction=GroupReduction.LOGSUMEXP),
     "head size 64": Case((300, 1000), head_dim=64),
     "head size 96": Case((300, 1000), head_dim=96),
     "head size 256, group 1": Case((300,), head_dim=256, group=1),
+    "head size 256, group 8": Case((300,), head_dim=256, group=8),
+    "head size 256, one mean": Case((700,), head_dim=256, kind=SummaryKind.MEAN),
     "group 7": Case((500, 1), group=7),
+    "group 12, logsumexp": Case((500, 1), group=12, reduction=GroupReduction.LOGSUMEXP),
     "page 1": Case((40, 5, 6), page_size=1),
     "page 64, long": Case((8192, 5000), page_size=64, budget_pages=40, recent_pages=8),
+    "one KV head, more pages than are staged": Case((70000,), num_kv_heads=1, budget_pages=700, recent_pages=8),
+    "a third of the context": Case((500, 8000, 95, 3000), budget_share=65536 // 3),
+    "many requests": Case(tuple(40 + 37 * i % 500 for i in range(70)), num_kv_heads=1, head_dim=64),
     "no sinks": Case((300, 81), sink_pages=0, recent_pages=1, budget_pages=2),
     "ties": Case((700, 333), ties=True),
     "within the budget": Case((80, 1, 0)),
 }
 
 
-def summarize(case: Case, batch: Batch, k_cache: torch.Tensor, plan: Plan, first: list[int] | None) -> torch.Tensor:
-    device = k_cache.device
-    summaries = torch.full(
-        (k_cache.shape[0], 2, case.num_kv_heads, case.head_dim), 7.0, dtype=case.dtype, device=device
-    )
-    first_page = None if first is None else torch.tensor(first, dtype=torch.int32, device=device)
+def summarize(case: Case, batch: Batch, k_cache: torch.Tensor, plan: Plan, first: list[int]) -> torch.Tensor:
+    shape = (k_cache.shape[0], case.num_kv_heads, case.kind.vectors, case.head_dim)
+    summaries = torch.full(shape, 7.0, dtype=case.dtype, device=k_cache.device).to(case.summary_dtype)
+    first_page = torch.tensor(first, dtype=torch.int32, device=k_cache.device)
     columns = max(map(len, batch.tables))
-    ops.summarize(k_cache, plan.kv_indptr, plan.kv_indices, plan.last_page_len, first_page, columns, summaries)
+    table = plan.kv_indptr, plan.kv_indices, plan.last_page_len
+    ops.summarize(k_cache, *table, first_page, summaries, max_columns=columns, summary_kind=int(case.kind))
     return summaries
+
+
+def expected_summary(kind: SummaryKind, keys: torch.Tensor) -> torch.Tensor:
+    """``[kv_heads, vectors, head_dim]`` of ``[tokens, kv_heads, head_dim]``."""
+    vectors = {
+        SummaryKind.MEAN_STD: lambda: (keys.mean(0), keys.std(0, correction=0)),
+        SummaryKind.MIN_MAX: lambda: (keys.amin(0), keys.amax(0)),
+        SummaryKind.MEAN: lambda: (keys.mean(0),),
+    }[kind]()
+    return torch.stack(vectors, 1)
+
+
+def allowed_error(case: Case, keys: torch.Tensor) -> torch.Tensor:
+    """One rounding of the result, and sums of at most 64 terms in fp32 before it."""
+    rounding = torch.finfo(case.summary_dtype).eps / 2
+    largest = keys.abs().amax(0)[:, None]
+    return (rounding + 64 * 2**-23) * largest + (2**-10 if case.fp8 else 1e-6)  # e4m3 has no steps below 2^-9
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -87,16 +137,35 @@ def test_summaries(name: str, device: str) -> None:
     k_cache = case.cache(batch.num_pages).to(device)
     k_cache[0] = float("nan")  # a page of nobody
     summaries = summarize(case, batch, k_cache, plan, [0] * batch.size).double().cpu()
-    half_ulp = torch.finfo(case.dtype).eps / 2
     for table, kv_len in zip(batch.tables, batch.kv_lens, strict=True):
         for column, page in enumerate(table):
             keys = k_cache[page, : min(case.page_size, kv_len - column * case.page_size)].double().cpu()
-            # One rounding of the result, and sums of at most 64 terms in fp32 before it.
-            allowed = (half_ulp + 64 * 2**-23) * keys.abs().amax(0) + 1e-6
-            assert ((summaries[page, 0] - keys.mean(0)).abs() <= allowed).all()
-            assert ((summaries[page, 1] - keys.std(0, correction=0)).abs() <= allowed).all()
+            error = (summaries[page] - expected_summary(case.kind, keys)).abs()
+            assert (error <= allowed_error(case, keys)).all(), f"column {column} of {kv_len} keys"
     untouched = set(range(batch.num_pages)) - {page for table in batch.tables for page in table}
     assert all((summaries[page] == 7).all() for page in untouched)
+
+
+def test_summaries_take_what_the_readme_says_of_the_kv_cache() -> None:
+    pages, heads, dim = 1000, 8, 128
+    kv_bytes = 2 * pages * 64 * heads * dim * 2
+    spec = SummarySpec([0], dim, torch.bfloat16, 1000)
+    assert spec.num_bytes(pages, heads) <= 0.016 * kv_bytes
+    assert replace(spec, fp8=True).num_bytes(pages, heads) <= 0.008 * kv_bytes
+    of_layer = Summaries(spec, pages, heads, "cpu").of_layer
+    assert sum(tensor.nbytes for tensor in of_layer.values()) == spec.num_bytes(pages, heads)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_fp8_summaries_end_at_the_largest_value(device: str) -> None:
+    case = Case((32,), fp8=True, kind=SummaryKind.MIN_MAX)
+    batch = case.batch()
+    k_cache = case.cache(batch.num_pages) * 1000
+    summaries = summarize(case, batch, k_cache.to(device), batch.plan(device), [0]).float().cpu()
+    for page in batch.tables[0]:
+        expected = expected_summary(case.kind, k_cache[page].float()).clamp(-448, 448)
+        assert torch.equal(summaries[page], expected.to(FP8).float())
+    assert (summaries.abs() == 448).any()
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -106,72 +175,134 @@ def test_summaries_of_changed_pages_only(device: str) -> None:
     k_cache = case.cache(batch.num_pages).to(device)
     plan = batch.plan(device)
     everything = summarize(case, batch, k_cache, plan, [0] * batch.size)
-    first = [len(table) // 2 for table in batch.tables]
-    for changed, begins in ((None, [len(table) - 1 for table in batch.tables]), (first, first)):
-        summaries = summarize(case, batch, k_cache, plan, changed)
-        for table, begin in zip(batch.tables, begins, strict=True):
-            assert (summaries[table[:begin]] == 7).all()
-            assert torch.equal(summaries[table[begin:]], everything[table[begin:]])
+    begins = [len(table) // 2 for table in batch.tables]
+    summaries = summarize(case, batch, k_cache, plan, begins)
+    for table, begin in zip(batch.tables, begins, strict=True):
+        assert (summaries[table[:begin]] == 7).all()
+        assert torch.equal(summaries[table[begin:]], everything[table[begin:]])
 
 
-def select(case: Case, batch: Batch, q: torch.Tensor, summaries: torch.Tensor, std_weight: float) -> torch.Tensor:
-    """Page lists [batch, kv_heads, budget] after the plan and select ops on q's device."""
+def select(case: Case, batch: Batch, q: torch.Tensor, k_cache: torch.Tensor, summaries: torch.Tensor) -> torch.Tensor:
+    """Page lists [batch, kv_heads, list_pages] after the plan and select ops on q's device."""
     plan = batch.plan(q.device.type)
     columns = max(map(len, batch.tables))
     scores = torch.full((batch.size * case.num_kv_heads, columns), torch.nan, device=q.device)
     ops.select(
         q,
-        summaries,
+        k_cache,
         plan.tensors(),
+        summaries,
         scores,
-        page_size=case.page_size,
         max_columns=columns,
+        summary_kind=int(case.kind),
+        group_reduction=int(case.reduction),
+        std_weight=case.std_weight,
+        sm_scale=case.head_dim**-0.5,
         sink_pages=case.sink_pages,
         recent_pages=case.recent_pages,
         budget_pages=case.budget_pages,
+        budget_share=case.budget_share,
+        list_pages=batch.list_pages,
         sparse_begin=plan.capacity.pages,
-        std_weight=std_weight,
     )
     check_plan(plan, batch)
-    lists = plan.kv_indices[plan.capacity.pages :]
-    return lists.view(batch.size, case.num_kv_heads, case.budget_pages).cpu()
+    return plan.kv_indices[plan.capacity.pages :].view(batch.size, case.num_kv_heads, batch.list_pages).cpu()
 
 
-@pytest.mark.parametrize("std_weight", [0.0, 1.0])
+def head_scores(case: Case, q: torch.Tensor, summaries: torch.Tensor) -> torch.Tensor:
+    """``[columns, kv_heads, group]`` of ``q [kv_heads, group, head_dim]`` by ``[columns, kv_heads, vectors, dim]``."""
+    first, second = summaries[:, :, 0], summaries[:, :, -1]
+    a, b, weight = {
+        SummaryKind.MEAN_STD: (q, q.abs(), case.std_weight),
+        SummaryKind.MIN_MAX: (q.clamp(max=0), q.clamp(min=0), 1.0),
+        SummaryKind.MEAN: (q, q, 0.0),
+    }[case.kind]
+    return torch.einsum("hgd,chd->chg", a, first) + weight * torch.einsum("hgd,chd->chg", b, second)
+
+
+def reduced(case: Case, scores: torch.Tensor) -> torch.Tensor:
+    """A score for each page, up to what all of them share."""
+    if case.reduction is GroupReduction.LOGSUMEXP:
+        return (scores * case.head_dim**-0.5).logsumexp(-1)
+    return scores.amax(-1) if case.reduction is GroupReduction.MAX else scores.sum(-1)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", CASES)
-def test_selection(name: str, device: str, std_weight: float) -> None:
+def test_selection(name: str, device: str) -> None:
     case = CASES[name]
     batch = case.batch()
-    summaries = summarize(case, batch, case.cache(batch.num_pages), batch.plan(), [0] * batch.size)
+    k_cache = case.cache(batch.num_pages)
+    summaries = summarize(case, batch, k_cache, batch.plan(), [0] * batch.size)
     q = case.query(batch.size)
-    lists = select(case, batch, q.to(device), summaries.to(device), std_weight)
+    lists = select(case, batch, q.to(device), k_cache.to(device), summaries.to(device))
     heads = q.double().view(batch.size, case.num_kv_heads, case.group, case.head_dim)
     for r, table in enumerate(batch.tables):
-        if len(table) <= case.budget_pages:
+        budget = batch.sparse(r)
+        if not budget:
             assert (lists[r] == 0).all(), "a request within the budget has no list"
             continue
-        mean, deviation = summaries[table].double().unbind(1)  # [columns, kv_heads, head_dim]
-        scores = torch.einsum("hgd,chd->chg", heads[r], mean)
-        scores += std_weight * torch.einsum("hgd,chd->chg", heads[r].abs(), deviation)
-        # Sums of 2 head_dim products in fp32, in any order.
-        terms = torch.einsum("hgd,chd->chg", heads[r].abs(), mean.abs() + std_weight * deviation.abs())
-        error = 2 * case.head_dim * 2**-24 * terms.amax(-1)
-        scores = scores.amax(-1)
+        of_pages = summaries[table].double()
+        scores = reduced(case, head_scores(case, heads[r], of_pages))
+        # Sums of 2 head_dim products in fp32, in any order, and 1e-6 for each step of the logarithm's approximation.
+        terms = head_scores(case, heads[r].abs(), of_pages.abs()) + head_scores(case, -heads[r].abs(), -of_pages.abs())
+        error = 2 * case.head_dim * 2**-24 * terms.sum(-1) + 1e-6 * case.group
         for h in range(case.num_kv_heads):
-            chosen = [table.index(page) for page in lists[r, h].tolist()]
+            chosen = [table.index(page) for page in lists[r, h, :budget].tolist()]
             assert chosen == sorted(set(chosen)), "the order of the sequence, each page once"
             recent = len(table) - case.recent_pages
             assert chosen[: case.sink_pages] == list(range(case.sink_pages))
             assert chosen[len(chosen) - case.recent_pages :] == list(range(recent, len(table)))
             middle = chosen[case.sink_pages : len(chosen) - case.recent_pages]
-            left = [c for c in range(case.sink_pages, recent) if c not in middle]
+            left = [c for c in range(case.sink_pages, recent) if c not in set(middle)]
             worst = scores[middle, h] + error[middle, h]
             best = scores[left, h] - error[left, h]
             assert worst.min() >= best.max(), "no page left out scores higher"
             if case.ties:
                 by_score = sorted(middle + left, key=lambda c: (-scores[c, h].item(), c))
                 assert middle == sorted(by_score[: len(middle)]), "ties go to the lower column"
+
+
+def dot_in_order(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Sums over the last dimension in the order that csrc/summary/rules.h defines."""
+    a, b = (x.unflatten(-1, (-1, 8)) for x in (a, b))
+    sums = torch.zeros(torch.broadcast_shapes(a.shape, b.shape)[:-1])
+    for channel in range(8):
+        sums = sums + a[..., channel] * b[..., channel]
+    while sums.shape[-1] > 1:
+        half = sums.shape[-1] // 2
+        sums = sums[..., :half] + sums[..., half:]
+    return sums[..., 0]
+
+
+@pytest.mark.parametrize("reduction", [GroupReduction.MAX, GroupReduction.MEAN])
+@pytest.mark.parametrize("kind", list(SummaryKind))
+def test_fp32_selections_are_plain_torch_to_the_bit(kind: SummaryKind, reduction: GroupReduction) -> None:
+    case = Case((5000, 900), dtype=torch.float32, kind=kind, reduction=reduction, budget_pages=40, std_weight=0.7)
+    batch = case.batch()
+    k_cache, q = case.cache(batch.num_pages), case.query(batch.size)
+    summaries = summarize(case, batch, k_cache, batch.plan(), [0] * batch.size)
+    lists = select(case, batch, q, k_cache, summaries)
+    heads = q.view(batch.size, case.num_kv_heads, case.group, case.head_dim)
+    for r, table in enumerate(batch.tables):
+        first, second = summaries[table][:, :, None, 0], summaries[table][:, :, None, -1]
+        a, b, weight = {
+            SummaryKind.MEAN_STD: (heads[r], heads[r].abs(), torch.tensor(0.7)),
+            SummaryKind.MIN_MAX: (heads[r].clamp(max=0), heads[r].clamp(min=0), torch.tensor(1.0)),
+            SummaryKind.MEAN: (heads[r], heads[r], None),
+        }[kind]
+        scores = dot_in_order(a, first)
+        if weight is not None:
+            scores = scores + weight * dot_in_order(b, second)
+        score = scores[..., 0]
+        for g in range(1, case.group):
+            score = torch.maximum(score, scores[..., g]) if reduction is GroupReduction.MAX else score + scores[..., g]
+        recent = len(table) - case.recent_pages
+        for h in range(case.num_kv_heads):
+            middle = range(case.sink_pages, recent)
+            best = sorted(middle, key=lambda c: (-score[c, h].item(), c))[: case.budget_pages - 3]
+            columns = [*range(case.sink_pages), *sorted(best), *range(recent, len(table))]
+            assert lists[r, h].tolist() == [table[c] for c in columns]
 
 
 @pytest.mark.gpu
@@ -182,28 +313,61 @@ def test_cuda_and_cpu_agree_to_the_bit(name: str) -> None:
     k_cache, q = case.cache(batch.num_pages), case.query(batch.size)
     on_gpu = summarize(case, batch, k_cache.cuda(), batch.plan("cuda"), [0] * batch.size)
     on_cpu = summarize(case, batch, k_cache, batch.plan(), [0] * batch.size)
-    assert torch.equal(on_gpu.cpu().view(torch.int16), on_cpu.view(torch.int16))
-    assert torch.equal(select(case, batch, q.cuda(), on_gpu, 1.0), select(case, batch, q, on_cpu, 1.0))
+    bits = torch.int8 if case.fp8 else torch.int16
+    assert torch.equal(on_gpu.cpu().view(bits), on_cpu.view(bits))
+    assert torch.equal(
+        select(case, batch, q.cuda(), k_cache.cuda(), on_gpu), select(case, batch, q, k_cache, on_cpu)
+    )
+
+
+def make_topk(case: Case, batch: Batch, device: str, **spec: int) -> tuple[PlannerOptions, Summaries]:
+    options = PlannerOptions(policy=Policy.TOPK, page_size=16, sink_pages=1, recent_pages=2, budget_pages=5)
+    layers = SummarySpec(range(6), case.head_dim, case.dtype, max_columns=64, **spec)  # type: ignore[arg-type]
+    return options, Summaries(layers, batch.num_pages, case.num_kv_heads, device)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_planner_selects_behind_its_dense_layers(device: str) -> None:
     case = CASES["bf16"]
     batch = case.batch()
-    options = PlannerOptions(
-        policy=Policy.TOPK, page_size=16, sink_pages=1, recent_pages=2, budget_pages=5, dense_layers=1
-    )
-    spec = SummarySpec(range(3), case.head_dim, case.dtype, max_columns=64)
-    pool = Summaries(spec, batch.num_pages, case.num_kv_heads, options.dense_layers, device)
+    options, pool = make_topk(case, batch, device, dense_layers=1, reuse_layers=2)
+    assert sorted(pool.of_layer) == [1, 3, 5]
     planner = make_planner(options, batch.capacity(), device, pool)
     table = batch.plan(device)
-    planner.begin_csr(None, table.kv_indptr, table.kv_indices[: sum(map(len, batch.tables))], table.last_page_len)
+    dense = sum(map(len, batch.tables))
+    planner.begin_csr(None, table.kv_indptr, table.kv_indices[:dense], table.last_page_len)
     k_cache, q = case.cache(batch.num_pages).to(device), case.query(batch.size).to(device)
     zeros = torch.zeros(batch.size, dtype=torch.int32, device=device)
-    for layer in range(3):
+    for layer in range(6):
         planner.after_store(layer, k_cache, zeros)
     check_plan(planner.for_layer(0, q, k_cache), Batch(batch.tables, batch.kv_lens))
     check_plan(planner.for_layer(1, q, k_cache), batch)
-    dense = sum(map(len, batch.tables))
-    lists = planner.plan.kv_indices[dense:].view(batch.size, case.num_kv_heads, -1).cpu()
-    assert torch.equal(lists, select(case, batch, q, pool.of_layer[1], options.std_weight))
+    expected = select(case, batch, q, k_cache, pool.of_layer[1])
+
+    def lists() -> torch.Tensor:
+        return planner.plan.kv_indices[dense:].view(batch.size, case.num_kv_heads, -1).cpu()
+
+    assert torch.equal(lists(), expected)
+    # Layer 2 reads what layer 1 chose, layer 3 chooses anew.
+    planner.for_layer(2, -q, k_cache)
+    assert torch.equal(lists(), expected)
+    planner.for_layer(3, -q, k_cache)
+    assert not torch.equal(lists(), expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", list(SummaryKind))
+def test_a_page_gets_its_summary_in_the_step_that_fills_it(kind: SummaryKind, device: str) -> None:
+    case = Case((300, 1000, 48, 0), kind=kind)
+    batch = case.batch()
+    k_cache, q = case.cache(batch.num_pages).to(device), case.query(batch.size).to(device)
+    summaries = summarize(case, batch, k_cache, batch.plan(device), [0] * batch.size)
+    # Every page changes, but this step has filled only the last one of request 2: 48 keys on pages of 16.
+    changed = case.cache(batch.num_pages).to(device)
+    before = summaries.clone()
+    select(case, batch, q, changed, summaries)
+    fresh = summarize(case, batch, changed, batch.plan(device), [0] * batch.size)
+    filled = batch.tables[2][-1]
+    assert torch.equal(summaries[filled], fresh[filled])
+    rest = [page for page in range(batch.num_pages) if page != filled]
+    assert torch.equal(summaries[rest], before[rest])

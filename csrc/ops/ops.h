@@ -18,7 +18,7 @@ void page_table(const Tensor& req_to_token, const Tensor& req_pool_indices, cons
 void plan(const std::vector<Tensor>& plan, const Tensor& scratch, int64_t num_tokens, int64_t num_kv_heads,
           int64_t group, int64_t page_size, int64_t num_pages, int64_t rows_per_tile, int64_t max_partials, bool causal,
           int64_t window_left, int64_t policy, int64_t sink_pages, int64_t recent_pages, int64_t budget_pages,
-          int64_t sparse_begin, bool share, int64_t split_keys);
+          int64_t budget_share, int64_t list_pages, int64_t sparse_begin, bool share, int64_t split_keys);
 
 void attend(const Tensor& q_tensor, const Tensor& k_cache, const Tensor& v_cache, const std::vector<Tensor>& plan,
             const Tensor& partial_o, const Tensor& partial_lse, const Tensor& out_tensor,
@@ -27,11 +27,12 @@ void attend(const Tensor& q_tensor, const Tensor& k_cache, const Tensor& v_cache
             const std::optional<Tensor>& workspace, int64_t max_qo_len, int64_t max_kv_len);
 
 void summarize(const Tensor& k_cache, const Tensor& kv_indptr, const Tensor& kv_indices, const Tensor& last_page_len,
-               const std::optional<Tensor>& first_page, int64_t max_columns, const Tensor& summaries_tensor);
+               const Tensor& first_page, int64_t max_columns, int64_t summary_kind, const Tensor& summaries);
 
-void select(const Tensor& q_tensor, const Tensor& summaries_tensor, const std::vector<Tensor>& plan,
-            const Tensor& scores_tensor, int64_t page_size, int64_t max_columns, int64_t sink_pages,
-            int64_t recent_pages, int64_t budget_pages, int64_t sparse_begin, double std_weight);
+void select(const Tensor& q_tensor, const Tensor& k_cache, const std::vector<Tensor>& plan, const Tensor& summaries,
+            const Tensor& scores_tensor, int64_t max_columns, int64_t summary_kind, int64_t group_reduction,
+            double std_weight, double sm_scale, int64_t sink_pages, int64_t recent_pages, int64_t budget_pages,
+            int64_t budget_share, int64_t list_pages, int64_t sparse_begin);
 
 int64_t cublaslt_workspace(int64_t batch, int64_t max_qo_len, int64_t max_kv_len, int64_t num_kv_heads, int64_t group,
                            int64_t head_dim, bool fp16, bool causal, int64_t matmul_bytes);

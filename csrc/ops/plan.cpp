@@ -44,7 +44,7 @@ void page_table(const Tensor& req_to_token, const Tensor& req_pool_indices, cons
 void plan(const std::vector<Tensor>& plan, const Tensor& scratch, int64_t num_tokens, int64_t num_kv_heads,
           int64_t group, int64_t page_size, int64_t num_pages, int64_t rows_per_tile, int64_t max_partials, bool causal,
           int64_t window_left, int64_t policy, int64_t sink_pages, int64_t recent_pages, int64_t budget_pages,
-          int64_t sparse_begin, bool share, int64_t split_keys) {
+          int64_t budget_share, int64_t list_pages, int64_t sparse_begin, bool share, int64_t split_keys) {
   constexpr const char* kOp = "plan";
   const TensorArg work = describe(kOp, "scratch", scratch);
   const int device = work.device;
@@ -77,6 +77,8 @@ void plan(const std::vector<Tensor>& plan, const Tensor& scratch, int64_t num_to
       .sink_pages = static_cast<int32_t>(sink_pages),
       .recent_pages = static_cast<int32_t>(recent_pages),
       .budget_pages = static_cast<int32_t>(budget_pages),
+      .budget_share = static_cast<int32_t>(budget_share),
+      .list_pages = static_cast<int32_t>(list_pages),
       .sparse_begin = static_cast<int32_t>(sparse_begin),
       .share = share,
       .split_keys = static_cast<int32_t>(split_keys),

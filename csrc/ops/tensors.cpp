@@ -27,6 +27,8 @@ Scalar scalar_of(const Tensor& tensor) {
       return Scalar::int32;
     case ScalarType::Long:
       return Scalar::int64;
+    case ScalarType::Float8_e4m3fn:
+      return Scalar::fp8;
     default:
       return Scalar::other;
   }

@@ -50,14 +50,15 @@ FLASHCORE_HD Request request_of(const PlanParams& p, int32_t r) {
 
 FLASHCORE_HD int32_t tokens_per_row(const PlanParams& p) { return p.plan.rows_per_tile / p.group; }
 
-// Pages a sparse row reads, whatever the request's length.
-FLASHCORE_HD int32_t sparse_pages(const PlanParams& p) {
-  return p.policy == Policy::topk ? p.budget_pages : p.sink_pages + p.recent_pages;
+// Pages that the sparse row of a request of `pages` reads.
+FLASHCORE_HD int32_t sparse_pages(const PlanParams& p, int32_t pages) {
+  return p.policy == Policy::topk ? topk_pages(pages, p.budget_pages, p.budget_share, p.list_pages)
+                                  : p.sink_pages + p.recent_pages;
 }
 
 // Where a request's page lists start; topk has one for each KV head.
 FLASHCORE_HD int32_t list_begin(const PlanParams& p, int32_t r) {
-  return p.sparse_begin + r * sparse_pages(p) * (p.policy == Policy::topk ? p.num_kv_heads : 1);
+  return p.sparse_begin + r * p.list_pages * (p.policy == Policy::topk ? p.num_kv_heads : 1);
 }
 
 // Whether page table, page lists and tokens are inside their buffers; nothing of them may be read otherwise.
@@ -68,7 +69,7 @@ FLASHCORE_HD bool batch_fits(const PlanParams& p) {
 }
 
 FLASHCORE_HD bool is_sparse(const PlanParams& p, const Request& request) {
-  return p.policy != Policy::exact && request.q_len == 1 && request.pages > sparse_pages(p);
+  return p.policy != Policy::exact && request.q_len == 1 && request.pages > sparse_pages(p, request.pages);
 }
 
 // One row for the keys [begin, end) of a request's own page table; begin is a multiple of page_size.
@@ -99,13 +100,13 @@ FLASHCORE_HD Row own_row(const PlanParams& p, const Request& request, int32_t r,
 
 // The row of a request that reads a page list: its position is that of the newest keys, so that masks hide none.
 FLASHCORE_HD Row sparse_row(const PlanParams& p, const Request& request, int32_t r) {
-  const int32_t pages = sparse_pages(p);
+  const int32_t pages = sparse_pages(p, request.pages);
   const int32_t kv_len = (pages - 1) * p.page_size + p.plan.last_page_len[r];
   return {.q_begin = request.q_begin,
           .q_count = 1,
           .flags = kSole,
           .page_begin = list_begin(p, r),
-          .head_stride = p.policy == Policy::topk ? pages : 0,
+          .head_stride = p.policy == Policy::topk ? p.list_pages : 0,
           .kv_len = kv_len,
           .kv_pos = request.kv_len - kv_len,
           .request = r};

@@ -1,179 +1,177 @@
-// The pages that each sparse request and KV head reads: scored, the best chosen, listed in the order of the sequence.
+// The pages that each sparse request and KV head reads: those of the best scores (score.cuh), in the order of the
+// sequence.
 //
-// score(page) = max over the query heads g of the group of  q_g . mean + std_weight * |q_g| . deviation
-//
-// Grid (KV heads, requests), 256 threads; a CTA scores the middle pages of its request, 8 channels a lane, finds the
-// score of the last page that still fits the budget by a radix select over the scores' bits (four rounds of 256
-// counts), and writes the list by a prefix sum over the columns: no sort, and ties go to the lower column. Shared
-// memory: q and std_weight * |q| of the group in fp32.
+// Grid one CTA for each request and KV head, 512 threads. The key of the last page that fits the budget is found by a
+// radix select over the range that the keys really span: 2048 counts a round, each round narrowing the range to one
+// bucket until all or one key of it is wanted (two rounds as a rule, three at most). The list is then written by a
+// prefix sum over the columns: no sort, and ties go to the lower column. Shared memory: keys and page ids of 4096
+// columns, 2048 counts; longer requests read theirs from L2.
 #include <cuda_runtime.h>
 
-#include <algorithm>
-#include <bit>
-
+#include "device/dependent_launch.cuh"
 #include "plan/cta.cuh"
 #include "summary/element.cuh"
 
 namespace flashcore {
 
+cudaError_t launch_score_bf16(const SelectParams& p);
+cudaError_t launch_score_fp16(const SelectParams& p);
+
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kRadixBits = 8;
-constexpr int kBuckets = 1 << kRadixBits;
-static_assert(kBuckets == kThreads);
+constexpr int kThreads = 512;
+constexpr int kWarps = kThreads / kWarp;
+constexpr int kBucketBits = 11;
+constexpr int kBuckets = 1 << kBucketBits;
+constexpr int kStaged = 4096;
 
-// q and std_weight * |q| of one query head.
-struct SharedQuery {
-  float* q;  // [group, 2, head_dim]
-  int32_t head_dim;
-
-  __device__ const float* value(int32_t g) const { return q + 2 * g * head_dim; }
-  __device__ const float* weighted(int32_t g) const { return q + (2 * g + 1) * head_dim; }
+struct Shared {
+  uint32_t keys[kStaged];
+  int32_t table[kStaged];
+  int32_t counts[kBuckets];
+  uint32_t lowest[kWarps], highest[kWarps];
+  int32_t sums[kWarps];
+  struct {
+    int32_t bucket, wanted, inside;
+  } found;
 };
 
-template <class T>
-__device__ void load_query(const SelectParams& p, int32_t r, int32_t kv_head, int32_t group, float* shared) {
-  const T* q =
-      static_cast<const T*>(p.q) + p.plan.qo_indptr[r] * p.q_stride_token + int64_t{kv_head} * group * p.q_stride_head;
-  for (int32_t i = threadIdx.x; i < group * p.head_dim; i += kThreads) {
-    const int32_t g = i / p.head_dim, c = i % p.head_dim;
-    const float value = static_cast<float>(q[g * p.q_stride_head + c]);
-    shared[2 * g * p.head_dim + c] = value;
-    shared[(2 * g + 1) * p.head_dim + c] = __fmul_rn(p.std_weight, fabsf(value));
-  }
+// Sum over the threads before this one; all threads call. `sums` is free again behind the next __syncthreads().
+__device__ int32_t sum_before(int32_t value, int32_t* sums) {
+  const int32_t lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int32_t through = warp_scan(value);
+  if (lane == kWarp - 1) sums[warp] = through;
   __syncthreads();
+  const int32_t warps = __reduce_add_sync(~0u, lane < warp ? sums[lane] : 0);
+  return warps + through - value;
 }
 
-// `lanes` threads, a power of two, score a page together; those beyond the head's channels add zeros.
-template <class T>
-__device__ void score_pages(const SelectParams& p, const Choice& choice, int32_t kv_head, const SharedQuery& query,
-                            int32_t group, int32_t lanes, float* scores) {
-  const int32_t lane = threadIdx.x % lanes, channel = lane * kBlock, pages_at_once = kThreads / lanes;
-  const bool has_channels = channel < p.head_dim;
-  const int64_t deviations = int64_t{p.num_kv_heads} * p.head_dim;
-  // Every thread of a warp takes every turn, so that the shuffles below are whole.
-  const int32_t turns = (choice.middle_end - choice.middle_begin + pages_at_once - 1) / pages_at_once;
-  for (int32_t turn = 0; turn < turns; ++turn) {
-    const int32_t column = choice.middle_begin + turn * pages_at_once + threadIdx.x / lanes;
-    const bool scores_page = column < choice.middle_end;
-    float mean[kBlock] = {}, deviation[kBlock] = {};
-    if (scores_page && has_channels) {
-      const T* summary = static_cast<const T*>(p.summaries) +
-                         (int64_t{choice.table[column]} * 2 * p.num_kv_heads + kv_head) * p.head_dim + channel;
-      load_block(summary, mean);
-      load_block(summary + deviations, deviation);
-    }
-    float best = -INFINITY;
-    for (int32_t g = 0; g < group; ++g) {
-      float sum = 0.0f;
-      if (has_channels) {
-        const float* q = query.value(g) + channel;
-        const float* weighted = query.weighted(g) + channel;
-        for (int i = 0; i < kBlock; ++i) {
-          sum = __fadd_rn(sum, __fmul_rn(q[i], mean[i]));
-          sum = __fadd_rn(sum, __fmul_rn(weighted[i], deviation[i]));
-        }
-      }
-      for (int32_t half = lanes / 2; half > 0; half /= 2) sum = __fadd_rn(sum, __shfl_xor_sync(~0u, sum, half));
-      best = fmaxf(best, sum);
-    }
-    if (scores_page && lane == 0) scores[column] = best;
-  }
-  __syncthreads();
-}
+// The middle columns of one request and KV head: what they score and where their pages are.
+struct Columns {
+  Shared& shared;
+  const float* scores;
+  const int32_t* table;
+  const int32_t count;
 
-// The key of the `count`-th best middle page, and how many pages of just that key are among the best.
+  __device__ bool staged() const { return count <= kStaged; }
+  __device__ void stage_table() const {
+    for (int32_t i = threadIdx.x; i < count && staged(); i += kThreads) shared.table[i] = table[i];
+  }
+  __device__ uint32_t key(int32_t i) const { return staged() ? shared.keys[i] : sort_key(scores[i]); }
+  __device__ int32_t page(int32_t i) const { return staged() ? shared.table[i] : table[i]; }
+};
+
+// A column is chosen if its key is higher, or if it is among the first `ties` of just this key.
 struct Threshold {
   uint32_t key;
   int32_t ties;
 };
 
-__device__ Threshold find_threshold(const Choice& choice, const float* scores) {
-  __shared__ int32_t histogram[kBuckets];
-  __shared__ Threshold found;
-  uint32_t prefix = 0, known = 0;
-  int32_t wanted = choice.count;
-  for (int32_t shift = 32 - kRadixBits; shift >= 0; shift -= kRadixBits) {
-    histogram[threadIdx.x] = 0;
+// Stages the keys and finds the range that they span.
+__device__ uint2 key_range(const Columns& columns) {
+  Shared& shared = columns.shared;
+  uint32_t lowest = ~0u, highest = 0;
+  for (int32_t i = threadIdx.x; i < columns.count; i += kThreads) {
+    const uint32_t key = sort_key(columns.scores[i]);
+    if (columns.staged()) shared.keys[i] = key;
+    lowest = min(lowest, key);
+    highest = max(highest, key);
+  }
+  lowest = __reduce_min_sync(~0u, lowest);
+  highest = __reduce_max_sync(~0u, highest);
+  if (threadIdx.x % kWarp == 0) {
+    shared.lowest[threadIdx.x / kWarp] = lowest;
+    shared.highest[threadIdx.x / kWarp] = highest;
+  }
+  __syncthreads();
+  const int32_t warp = threadIdx.x % kWarps;
+  return {__reduce_min_sync(~0u, shared.lowest[warp]), __reduce_max_sync(~0u, shared.highest[warp])};
+}
+
+__device__ Threshold find_threshold(const Columns& columns, int32_t wanted) {
+  Shared& shared = columns.shared;
+  const uint2 range = key_range(columns);
+  uint32_t low = range.x, span = range.y - range.x;  // keys low .. low + span are left
+  while (true) {
+    const int32_t shift = max(kWarp - __clz(span) - kBucketBits, 0);
+    for (int32_t i = threadIdx.x; i < kBuckets; i += kThreads) shared.counts[i] = 0;
     __syncthreads();
-    for (int32_t c = choice.middle_begin + threadIdx.x; c < choice.middle_end; c += kThreads) {
-      const uint32_t key = sort_key(scores[c]);
-      if ((key & known) == prefix) atomicAdd(histogram + (key >> shift) % kBuckets, 1);
+    for (int32_t i = threadIdx.x; i < columns.count; i += kThreads) {
+      const uint32_t offset = columns.key(i) - low;
+      if (offset <= span) atomicAdd(shared.counts + (offset >> shift), 1);
     }
     __syncthreads();
-    // A warp looks for the bucket from the top in which the wanted page is: 8 buckets a lane.
-    if (threadIdx.x < kWarp) {
-      constexpr int32_t kEach = kBuckets / kWarp;
-      const int32_t top = kBuckets - 1 - static_cast<int32_t>(threadIdx.x) * kEach;
-      int64_t own = 0;
-      for (int32_t i = 0; i < kEach; ++i) own += histogram[top - i];
-      int32_t above = static_cast<int32_t>(warp_scan(own) - own);
-      for (int32_t i = 0; i < kEach; ++i) {
-        const int32_t here = histogram[top - i];
-        if (above < wanted && wanted <= above + here) {
-          found = {prefix | static_cast<uint32_t>(top - i) << shift, wanted - above};
-        }
-        above += here;
-      }
+    // The bucket, counted from the top, in which the wanted page is; a thread has kEach of them.
+    constexpr int32_t kEach = kBuckets / kThreads;
+    const int32_t top = kBuckets - 1 - static_cast<int32_t>(threadIdx.x) * kEach;
+    int32_t inside[kEach], own = 0;
+#pragma unroll
+    for (int32_t i = 0; i < kEach; ++i) own += inside[i] = shared.counts[top - i];
+    int32_t above = sum_before(own, shared.sums);
+#pragma unroll
+    for (int32_t i = 0; i < kEach; ++i) {
+      if (above < wanted && wanted <= above + inside[i]) shared.found = {top - i, wanted - above, inside[i]};
+      above += inside[i];
     }
     __syncthreads();
-    prefix = found.key;
-    wanted = found.ties;
-    known |= (kBuckets - 1u) << shift;
+    low += static_cast<uint32_t>(shared.found.bucket) << shift;
+    span = (1u << shift) - 1;
+    wanted = shared.found.wanted;
+    if (wanted == shared.found.inside) return {low, INT32_MAX};  // the whole bucket
+    if (shift == 0) return {low, wanted};
     __syncthreads();
   }
-  return {prefix, wanted};
 }
 
-struct Passed {
-  int32_t better, ties;
-
-  __device__ Passed operator+(const Passed& other) const { return {better + other.better, ties + other.ties}; }
-};
-
-__device__ void write_list(const SelectParams& p, const Choice& choice, const float* scores, Threshold threshold) {
-  __shared__ Cta<kThreads>::Shared shared;
-  Cta<kThreads> cta{shared};
-  const auto passed = [&](int32_t i) {
-    const uint32_t key = sort_key(scores[choice.middle_begin + i]);
-    return Passed{key > threshold.key, key == threshold.key};
-  };
-  cta.for_each(p.sink_pages, [&](int32_t c) { choice.list[c] = choice.table[c]; });
-  cta.scan<Passed>(choice.middle_end - choice.middle_begin, passed, [&](int32_t i, Passed before) {
-    const Passed own = passed(i);
-    if (!own.better && !(own.ties && before.ties < threshold.ties)) return;
-    const int32_t at = p.sink_pages + before.better + min(before.ties, threshold.ties);
-    choice.list[at] = choice.table[choice.middle_begin + i];
-  });
-  cta.for_each(p.recent_pages, [&](int32_t i) {
-    choice.list[p.sink_pages + choice.count + i] = choice.table[choice.pages - p.recent_pages + i];
-  });
+// Each thread lists a stretch of neighbouring columns.
+__device__ void write_list(const Columns& columns, Threshold threshold, int32_t* list) {
+  const int32_t each = (columns.count + kThreads - 1) / kThreads;
+  const int32_t begin = min(static_cast<int32_t>(threadIdx.x) * each, columns.count);
+  const int32_t end = min(begin + each, columns.count);
+  int32_t better = 0, ties = 0;
+  for (int32_t i = begin; i < end; ++i) {
+    better += columns.key(i) > threshold.key;
+    ties += columns.key(i) == threshold.key;
+  }
+  better = sum_before(better, columns.shared.sums);
+  __syncthreads();
+  ties = sum_before(ties, columns.shared.sums);
+  for (int32_t i = begin; i < end; ++i) {
+    const bool is_better = columns.key(i) > threshold.key, is_tie = columns.key(i) == threshold.key;
+    if (is_better || (is_tie && ties < threshold.ties)) list[better + min(ties, threshold.ties)] = columns.page(i);
+    better += is_better;
+    ties += is_tie;
+  }
 }
 
-template <class T>
-__global__ void __launch_bounds__(kThreads) select_kernel(SelectParams p, int32_t lanes) {
-  extern __shared__ float shared_query[];
-  const int32_t kv_head = blockIdx.x, r = blockIdx.y, group = p.num_qo_heads / p.num_kv_heads;
-  if (!selects(p, r)) return;
-  const Choice choice(p, r, kv_head);
-  float* scores = p.scores + (int64_t{r} * p.num_kv_heads + kv_head) * p.max_columns;
-  load_query<T>(p, r, kv_head, group, shared_query);
-  score_pages<T>(p, choice, kv_head, {shared_query, p.head_dim}, group, lanes, scores);
-  write_list(p, choice, scores, find_threshold(choice, scores));
+__global__ void __launch_bounds__(kThreads) select_kernel(SelectParams p) {
+  __shared__ Shared shared;
+  allow_dependents();
+  const int32_t r = blockIdx.x / p.pages.num_kv_heads, kv_head = blockIdx.x % p.pages.num_kv_heads;
+  const Choice choice(p, r);
+  int32_t* list = list_of(p, r, kv_head);
+  const Columns columns{shared, scores_of(p, r, kv_head) + choice.middle_begin, choice.table + choice.middle_begin,
+                        choice.columns()};
+  if (choice.needed()) {
+    for (int32_t i = threadIdx.x; i < p.sink_pages; i += kThreads) list[i] = choice.table[i];
+    for (int32_t i = threadIdx.x; i < p.recent_pages; i += kThreads) {
+      list[choice.budget - p.recent_pages + i] = choice.table[choice.pages - p.recent_pages + i];
+    }
+    columns.stage_table();
+  }
+  wait_for_primary();  // for the scores; all else is older than their kernel
+  if (choice.needed()) write_list(columns, find_threshold(columns, choice.count(p)), list + p.sink_pages);
 }
 
 }  // namespace
 
 int run_select_cuda(const SelectParams& p) {
-  if (p.batch == 0) return 0;
-  const int32_t lanes = static_cast<int32_t>(std::bit_ceil(static_cast<uint32_t>(p.head_dim / kBlock)));
-  if (p.dtype == DType::fp32 || p.head_dim % kBlock != 0 || lanes > kWarp) return cudaErrorInvalidValue;
-  const size_t shared = sizeof(float) * 2 * (p.num_qo_heads / p.num_kv_heads) * p.head_dim;
-  if (shared > 48 * 1024) return cudaErrorInvalidValue;
-  const auto kernel = p.dtype == DType::bf16 ? select_kernel<__nv_bfloat16> : select_kernel<__half>;
-  kernel<<<dim3(p.num_kv_heads, p.batch), kThreads, shared, static_cast<cudaStream_t>(p.stream)>>>(p, lanes);
-  return cudaGetLastError();
+  if (p.pages.batch == 0) return 0;
+  if (p.pages.dtype == DType::fp32 || p.pages.head_dim % kBlock != 0) return cudaErrorInvalidValue;
+  const cudaError_t error = p.pages.dtype == DType::bf16 ? launch_score_bf16(p) : launch_score_fp16(p);
+  if (error != cudaSuccess) return error;
+  return launch_dependent(select_kernel, p.pages.batch * p.pages.num_kv_heads, kThreads,
+                          static_cast<cudaStream_t>(p.pages.stream), p);
 }
 
 }  // namespace flashcore

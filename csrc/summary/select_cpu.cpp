@@ -1,11 +1,9 @@
-// Page selection on CPU threads: see select.cu. One task for each request and KV head.
+// Page selection on CPU threads: see score.cu and select.cu. One task for each request and KV head.
 #include <algorithm>
-#include <cmath>
 #include <vector>
 
 #include "attend/threads_cpu.h"
-#include "summary/element_cpu.h"
-#include "summary/rules.h"
+#include "summary/summarize_cpu.h"
 
 namespace flashcore {
 
@@ -26,77 +24,80 @@ struct Blocks {
   }
 };
 
-// q.mean + |q|.deviation, the latter already weighted.
-float dot(const Blocks& q, const Blocks& weighted, const Blocks& mean, const Blocks& deviation, float* sums) {
-  const int32_t lanes = q.lanes;
+float dot(const Blocks& query, const Blocks& summary, float* sums) {
+  const int32_t lanes = query.lanes;
   std::fill(sums, sums + lanes, 0.0f);
   for (int32_t j = 0; j < kBlock; ++j) {
-    const float* a = q.values.data() + j * lanes;
-    const float* m = mean.values.data() + j * lanes;
-    const float* w = weighted.values.data() + j * lanes;
-    const float* d = deviation.values.data() + j * lanes;
-    for (int32_t b = 0; b < lanes; ++b) {
-      sums[b] = sums[b] + a[b] * m[b];
-      sums[b] = sums[b] + w[b] * d[b];
-    }
+    const float* a = query.values.data() + j * lanes;
+    const float* b = summary.values.data() + j * lanes;
+    for (int32_t i = 0; i < lanes; ++i) sums[i] = sums[i] + a[i] * b[i];
   }
   for (int32_t half = lanes / 2; half > 0; half /= 2) {
-    for (int32_t b = 0; b < half; ++b) sums[b] = sums[b] + sums[b + half];
+    for (int32_t i = 0; i < half; ++i) sums[i] = sums[i] + sums[i + half];
   }
   return sums[0];
 }
 
-template <class T>
+template <class T, class S>
 void score_pages(const SelectParams& p, const Choice& choice, int32_t r, int32_t kv_head, float* scores) {
-  const int32_t group = p.num_qo_heads / p.num_kv_heads, dim = p.head_dim;
-  std::vector<Blocks> q(group, Blocks(dim)), weighted(group, Blocks(dim));
-  for (int32_t g = 0; g < group; ++g) {
-    q[g].load(
-        static_cast<const T*>(p.q) + p.plan.qo_indptr[r] * p.q_stride_token + (kv_head * group + g) * p.q_stride_head,
-        dim);
-    for (size_t c = 0; c < q[g].values.size(); ++c) weighted[g].values[c] = p.std_weight * std::fabs(q[g].values[c]);
+  const int32_t group = p.num_qo_heads / p.pages.num_kv_heads, dim = p.pages.head_dim;
+  const int32_t vectors = p.pages.summaries.vectors();
+  const ScoreRule rule(p);
+  std::vector<Blocks> query(group * vectors, Blocks(dim));
+  for (int32_t i = 0; i < group * vectors; ++i) {
+    const int64_t head = kv_head * group + i / vectors;
+    query[i].load(static_cast<const T*>(p.q) + p.plan.qo_indptr[r] * p.q_stride_token + head * p.q_stride_head, dim);
+    for (float& q : query[i].values) q = query_form(p.pages.summaries.kind, i % vectors, q);
   }
-  Blocks mean(dim), deviation(dim);
-  std::vector<float> sums(mean.lanes);
+  Blocks first(dim), second(dim);
+  std::vector<float> sums(first.lanes);
   for (int32_t column = choice.middle_begin; column < choice.middle_end; ++column) {
-    const T* summary =
-        static_cast<const T*>(p.summaries) + (int64_t{choice.table[column]} * 2 * p.num_kv_heads + kv_head) * dim;
-    mean.load(summary, dim);
-    deviation.load(summary + int64_t{p.num_kv_heads} * dim, dim);
-    float best = -INFINITY;
-    for (int32_t g = 0; g < group; ++g) best = std::fmax(best, dot(q[g], weighted[g], mean, deviation, sums.data()));
-    scores[column] = best;
+    const S* summary = static_cast<const S*>(p.pages.summaries.data) +
+                       (int64_t{choice.table[column]} * p.pages.num_kv_heads + kv_head) * vectors * dim;
+    first.load(summary, dim);
+    if (vectors == 2) second.load(summary + dim, dim);
+    float score = 0.0f;
+    for (int32_t g = 0; g < group; ++g) {
+      float own = dot(query[g * vectors], first, sums.data());
+      if (vectors == 2) own = rule.join(own, dot(query[g * vectors + 1], second, sums.data()));
+      score = rule.reduce(g, score, own);
+    }
+    scores[column] = score;
   }
 }
 
-void choose(const SelectParams& p, const Choice& choice, const float* scores) {
+void choose(const SelectParams& p, const Choice& choice, const float* scores, int32_t* list) {
   std::vector<int32_t> columns;
   for (int32_t c = choice.middle_begin; c < choice.middle_end; ++c) columns.push_back(c);
   const auto better = [&](int32_t a, int32_t b) {
     const uint32_t x = sort_key(scores[a]), y = sort_key(scores[b]);
     return x > y || (x == y && a < b);
   };
-  std::nth_element(columns.begin(), columns.begin() + choice.count, columns.end(), better);
-  columns.resize(choice.count);
+  std::nth_element(columns.begin(), columns.begin() + choice.count(p), columns.end(), better);
+  columns.resize(choice.count(p));
   std::sort(columns.begin(), columns.end());
-  int32_t* out = choice.list;
-  for (int32_t c = 0; c < p.sink_pages; ++c) *out++ = choice.table[c];
-  for (const int32_t c : columns) *out++ = choice.table[c];
-  for (int32_t c = choice.pages - p.recent_pages; c < choice.pages; ++c) *out++ = choice.table[c];
+  for (int32_t c = 0; c < p.sink_pages; ++c) *list++ = choice.table[c];
+  for (const int32_t c : columns) *list++ = choice.table[c];
+  for (int32_t c = choice.pages - p.recent_pages; c < choice.pages; ++c) *list++ = choice.table[c];
 }
 
 }  // namespace
 
 int run_select_cpu(const SelectParams& p) {
-  with_element(p.dtype, [&](auto element) {
-    using T = decltype(element);
-    parallel_for(p.batch * p.num_kv_heads, [&](int task) {
-      const int32_t r = task / p.num_kv_heads, kv_head = task % p.num_kv_heads;
-      if (!selects(p, r)) return;
-      const Choice choice(p, r, kv_head);
-      float* scores = p.scores + int64_t{task} * p.max_columns;
-      score_pages<T>(p, choice, r, kv_head, scores);
-      choose(p, choice, scores);
+  with_elements(p.pages, [&](auto key, auto summary) {
+    using T = decltype(key);
+    using S = decltype(summary);
+    parallel_for(p.pages.batch, [&](int r) {
+      const int32_t page = filled_page(p.pages, r);
+      if (page >= 0) summarize_page<T, S>(p.pages, page, p.pages.page_size);
+    });
+    parallel_for(p.pages.batch * p.pages.num_kv_heads, [&](int task) {
+      const int32_t r = task / p.pages.num_kv_heads, kv_head = task % p.pages.num_kv_heads;
+      const Choice choice(p, r);
+      if (!choice.needed()) return;
+      float* scores = scores_of(p, r, kv_head);
+      score_pages<T, S>(p, choice, r, kv_head, scores);
+      choose(p, choice, scores, list_of(p, r, kv_head));
     });
   });
   return 0;

@@ -10,17 +10,20 @@ import torch
 from flashcore_sglang.planner.exact import Exact
 from flashcore_sglang.planner.plan import Capacity, Count, Plan, Policy
 from flashcore_sglang.planner.planner import Planner, PlannerOptions
-from flashcore_sglang.planner.topk import Summaries, SummarySpec, Topk
+from flashcore_sglang.planner.summaries import GroupReduction, Summaries, SummaryKind, SummarySpec
+from flashcore_sglang.planner.topk import Topk
 from flashcore_sglang.planner.window import Window
 
 __all__ = [
     "Capacity",
     "Count",
+    "GroupReduction",
     "Plan",
     "Planner",
     "PlannerOptions",
     "Policy",
     "Summaries",
+    "SummaryKind",
     "SummarySpec",
     "make_planner",
 ]

@@ -9,6 +9,7 @@ import torch
 
 from flashcore_sglang import ops
 from flashcore_sglang.planner.plan import Capacity, Plan, Policy
+from flashcore_sglang.planner.summaries import GroupReduction
 
 if TYPE_CHECKING:
     from flashcore_sglang.config import Config
@@ -23,8 +24,10 @@ class PlannerOptions:
         page_size: keys in a page.
         sink_pages, recent_pages: always read by window and topk, at the start and at the end of a request.
         budget_pages: pages that topk reads in all; shorter requests are read whole.
-        dense_layers: topk: layers at the front that read everything.
+        budget_fraction: fraction of a request's pages that topk reads where that is more.
+        max_columns: pages of a request at most; needed with ``budget_fraction``.
         std_weight: topk: weight of |q|.std beside q.mean in a page's score.
+        group_reduction: topk: one score of a KV head's query heads.
         share: read pages that requests share once.
         split_keys: 0, or the fixed length of a tile in keys: results then do not depend on the rest of the batch.
     """
@@ -34,14 +37,16 @@ class PlannerOptions:
     sink_pages: int = 0
     recent_pages: int = 1
     budget_pages: int = 0
-    dense_layers: int = 0
+    budget_fraction: float = 0.0
+    max_columns: int = 0
     std_weight: float = 1.0
+    group_reduction: GroupReduction = GroupReduction.MAX
     share: bool = True
     split_keys: int = 0
 
     @classmethod
-    def from_config(cls, config: Config, page_size: int) -> PlannerOptions:
-        """``config`` counts tokens; pages are rounded up."""
+    def from_config(cls, config: Config, page_size: int, max_columns: int = 0) -> PlannerOptions:
+        """``config`` counts tokens; pages are rounded up. Requests have ``max_columns`` pages at most."""
         sink, recent, budget = config.pages(page_size)
         return cls(
             policy=Policy[config.policy.upper()],
@@ -49,19 +54,31 @@ class PlannerOptions:
             sink_pages=sink,
             recent_pages=recent,
             budget_pages=budget,
-            dense_layers=config.dense_layers,
+            budget_fraction=config.budget_fraction or 0.0,
+            max_columns=max_columns,
             std_weight=config.std_weight,
+            group_reduction=GroupReduction[config.group_reduction.upper()],
             share=config.share_prefixes and not config.deterministic,
             split_keys=config.split_keys if config.deterministic else 0,
         )
 
+    @property
+    def budget_share(self) -> int:
+        """``budget_fraction`` in 65536ths, as the ops take it."""
+        return round(self.budget_fraction * 65536)
+
+    @property
+    def list_pages(self) -> int:
+        """Entries of a sparse row's page list: what the longest request reads."""
+        if self.policy is Policy.WINDOW:
+            return self.sink_pages + self.recent_pages
+        if self.policy is Policy.TOPK:
+            return max(self.budget_pages, -(-self.max_columns * self.budget_share // 65536))
+        return 0
+
     def sparse_pages(self, batch: int, num_kv_heads: int) -> int:
         """Entries of the page lists of ``batch`` sparse rows: ``Capacity.sparse_pages``."""
-        if self.policy is Policy.WINDOW:
-            return batch * (self.sink_pages + self.recent_pages)
-        if self.policy is Policy.TOPK:
-            return batch * num_kv_heads * self.budget_pages
-        return 0
+        return batch * self.list_pages * (num_kv_heads if self.policy is Policy.TOPK else 1)
 
 
 class Planner:
@@ -181,7 +198,8 @@ class Planner:
         Args:
             layer_id: the layer.
             k_cache: its K pages.
-            first_page: int32 ``[batch]`` page column of each request from which on K changed; None: the last one only.
+            first_page: int32 ``[batch]`` page column of each request from which on K changed; None: the batch's own
+                tokens only, one of each request.
         """
 
     def for_layer(self, layer_id: int, q: torch.Tensor, k_cache: torch.Tensor) -> Plan:
@@ -234,6 +252,8 @@ class Planner:
             sink_pages=o.sink_pages,
             recent_pages=o.recent_pages,
             budget_pages=o.budget_pages,
+            budget_share=o.budget_share,
+            list_pages=o.list_pages,
             sparse_begin=c.pages,
             share=decode and o.share and c.packs,
             split_keys=o.split_keys,

@@ -1,90 +1,36 @@
 """Policy topk: a decode step reads, for each KV head, the pages that its queries score highest, within a budget.
 
-After Quest (arXiv 2406.10774) with mean and standard deviation of K in place of its minimum and maximum. A page's
-summary is per layer and KV head and written when K is stored. How many pages a row reads is known when the batch is
-planned, so tiles are cut once; which pages, the select op writes before each layer attends. Sinks and recent pages are
-always in.
+After Quest (arXiv 2406.10774), with mean and standard deviation of K in place of its minimum and maximum unless the
+configuration says otherwise. How many pages a row reads is known when the batch is planned, so tiles are cut once;
+which pages, the select op writes before a layer attends. Sinks and recent pages are always in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
 from flashcore_sglang import ops
 from flashcore_sglang.planner.plan import Capacity, Plan, Policy
 from flashcore_sglang.planner.planner import Planner, PlannerOptions
-
-
-@dataclass(frozen=True)
-class SummarySpec:
-    """The K cache to be summarised.
-
-    Attributes:
-        layers: layer ids of this rank.
-        head_dim: channels of a head.
-        dtype: dtype of the cache and of the summaries.
-        max_columns: pages of a request at most.
-    """
-
-    layers: Sequence[int]
-    head_dim: int
-    dtype: torch.dtype
-    max_columns: int
-
-    def num_bytes(self, num_pages: int, num_kv_heads: int) -> int:
-        """Memory of the summaries of all layers."""
-        return len(self.layers) * num_pages * 2 * num_kv_heads * self.head_dim * self.dtype.itemsize
-
-
-class Summaries:
-    """The page summaries of a KV pool: ``{layer: [num_pages, 2, num_kv_heads, head_dim]}`` of the layers that select.
-
-    They belong to the pool and not to a planner: every planner over the pool must see what any of them has written.
-    """
-
-    def __init__(
-        self, spec: SummarySpec, num_pages: int, num_kv_heads: int, dense_layers: int, device: torch.device | str
-    ) -> None:
-        self.spec = spec
-        shape = (num_pages, 2, num_kv_heads, spec.head_dim)
-        self.of_layer = {
-            layer: torch.zeros(shape, dtype=spec.dtype, device=device) for layer in spec.layers if layer >= dense_layers
-        }
-
-    def update(self, plan: Plan, layer_id: int, k_cache: torch.Tensor, first_page: torch.Tensor | None) -> None:
-        """Rewrites the summaries of the batch in ``plan``; arguments as in ``Planner.after_store``."""
-        if layer_id not in self.of_layer:
-            return
-        n = plan.batch
-        ops.summarize(
-            k_cache,
-            plan.kv_indptr[: n + 1],
-            plan.kv_indices,
-            plan.last_page_len[:n],
-            first_page,
-            self.spec.max_columns,
-            self.of_layer[layer_id],
-        )
+from flashcore_sglang.planner.summaries import Summaries
 
 
 class Topk(Planner):
-    """Selects pages by the summaries before each layer attends."""
+    """Selects pages by the summaries before the layers attend that have them."""
 
     def __init__(
         self, options: PlannerOptions, capacity: Capacity, device: torch.device | str, summaries: Summaries
     ) -> None:
         super().__init__(options, capacity, device)
         self.summaries = summaries
-        self.max_columns = summaries.spec.max_columns
         self.scores = torch.empty(
-            (capacity.batch * capacity.num_kv_heads, self.max_columns), dtype=torch.float32, device=device
+            (capacity.batch * capacity.num_kv_heads, summaries.spec.max_columns), dtype=torch.float32, device=device
         )
-        # The first layers read everything: the same page table under a plan of its own.
+        # Dense layers read everything: the same page table under a plan of its own.
         self.dense_plan = self.plan
-        if any(layer < options.dense_layers for layer in summaries.spec.layers):
+        if any(layer not in summaries.sparse for layer in summaries.spec.layers):
             dense = Plan.allocate(replace(capacity, sparse_pages=0), device)
             self.dense_plan = replace(
                 dense,
@@ -96,28 +42,38 @@ class Topk(Planner):
         self._sparse = False
 
     def after_store(self, layer_id: int, k_cache: torch.Tensor, first_page: torch.Tensor | None = None) -> None:
-        self.summaries.update(self.plan, layer_id, k_cache, first_page)
+        if first_page is not None:
+            self.summaries.update(self.plan, layer_id, k_cache, first_page)
 
     def for_layer(self, layer_id: int, q: torch.Tensor, k_cache: torch.Tensor) -> Plan:
         if not self._sparse:
             return self.plan
-        if layer_id not in self.summaries.of_layer:
+        if layer_id not in self.summaries.sparse:
             return self.dense_plan
-        o = self.options
+        if layer_id in self.summaries.of_layer:
+            self._select(layer_id, q, k_cache)
+        return self.plan
+
+    def _select(self, layer_id: int, q: torch.Tensor, k_cache: torch.Tensor) -> None:
+        o, spec = self.options, self.summaries.spec
         ops.select(
             q,
-            self.summaries.of_layer[layer_id],
+            k_cache,
             self.plan.tensors(),
+            self.summaries.of_layer[layer_id],
             self.scores,
-            page_size=o.page_size,
-            max_columns=self.max_columns,
+            max_columns=spec.max_columns,
+            summary_kind=int(spec.kind),
+            group_reduction=int(o.group_reduction),
+            std_weight=o.std_weight,
+            sm_scale=spec.head_dim**-0.5,
             sink_pages=o.sink_pages,
             recent_pages=o.recent_pages,
             budget_pages=o.budget_pages,
+            budget_share=o.budget_share,
+            list_pages=o.list_pages,
             sparse_begin=self.capacity.pages,
-            std_weight=o.std_weight,
         )
-        return self.plan
 
     def _make(self, num_tokens: int, *, decode: bool, causal: bool, window_left: int) -> None:
         super()._make(num_tokens, decode=decode, causal=causal, window_left=window_left)
