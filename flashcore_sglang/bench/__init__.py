@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one benchmark, prints its tables and writes its JSON.
+    """Runs one benchmark, prints its tables and writes its JSON; or draws the picture of result files.
 
     Returns:
-        The exit status.
+        The exit status: 0, 1 when a part of a run failed, 2 for a user's mistake.
     """
+    args = _parser().parse_args(argv)
+    try:
+        return _plot(args) if args.what == "plot" else _measure(args)
+    except (ValueError, ImportError) as error:
+        print(f"flashcore bench {args.what}: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="flashcore bench", description=__doc__)
     commands = parser.add_subparsers(dest="what", required=True)
     for name, suites in (("decode", "quick grid shapes shared"), ("prefill", "quick dense chunked")):
@@ -22,39 +32,75 @@ def main(argv: list[str] | None = None) -> int:
         )
         kernel.add_argument("--no-peers", action="store_true", help="leave FA3, FlashInfer and the others out")
         kernel.add_argument("--repeats", type=int, default=20, help="timed runs of a cell")
-        kernel.add_argument("--json", type=Path, help="result file")
-        if name == "decode":
-            kernel.add_argument("--plot", help="picture: time against unique bytes")
+        _add_file(kernel)
+
     server = commands.add_parser("e2e", help="a real SGLang server under load (needs a GPU)")
     server.add_argument("--model", required=True, help="folder with config.json and a tokenizer; weights are dummy")
-    server.add_argument("--backends", nargs="+", default=["fa3", "flashcore_sparse"], help="--attention-backend values")
-    server.add_argument("--workloads", nargs="+", default=["W1", "W2", "W3", "W4"])
+    server.add_argument(
+        "--backends",
+        nargs="+",
+        default=["fa3", "flashcore_sparse"],
+        help="--attention-backend values; flashcore_sparse:PRESET is ours under FLASHCORE_CONFIG=PRESET",
+    )
+    server.add_argument("--workloads", nargs="+", default=["W1", "W2", "W3", "W4"], help="see bench/e2e.py")
     server.add_argument("--max-running", type=int, default=512, help="concurrent requests of the server")
+    server.add_argument("--limit-s", type=float, default=300, help="seconds after which a workload counts as hung")
     server.add_argument("--logs", type=Path, default=Path("bench_logs"), help="folder for server and client logs")
-    server.add_argument("--json", type=Path, help="result file")
+    _add_file(server)
     server.add_argument("server_flags", nargs="*", help="after --: further flags of the server")
-    args = parser.parse_args(argv)
 
+    picture = commands.add_parser("plot", help="the picture of one kind of results")
+    picture.add_argument("results", nargs="+", type=Path, help="result files of decode, prefill, or sparse and eval")
+    picture.add_argument("-o", "--output", type=Path, required=True, help="picture.svg, or another format by its name")
+    return parser
+
+
+def _add_file(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--json", type=Path, help="result file, written after each case")
+    command.add_argument(
+        "--resume", action="store_true", help="keep what --json has of this machine and measure what is missing"
+    )
+
+
+def _plot(args: argparse.Namespace) -> int:
+    from . import plot
+
+    plot.draw(args.results, args.output)
+    return 0
+
+
+def _measure(args: argparse.Namespace) -> int:
     from . import decode, e2e, prefill, results
     from .cases import DECODE_SUITES, PREFILL_SUITES
 
-    measured = results.Results()
+    if args.resume and not args.json:
+        raise ValueError("--resume: expected the file to go on with, got none; name it by --json")
+    measured = results.Results(path=args.json)
+    if args.resume:
+        measured.resume()
+    failures: list[str] = []
     try:
         if args.what == "decode":
             cases = [case for suite in args.suite for case in DECODE_SUITES[suite]]
-            decode.run(measured, cases, args.variants, not args.no_peers, args.repeats)
+            failures = decode.run(measured, cases, args.variants, not args.no_peers, args.repeats)
         elif args.what == "prefill":
             shapes = [case for suite in args.suite for case in PREFILL_SUITES[suite]]
-            prefill.run(measured, shapes, args.variants, not args.no_peers, args.repeats)
+            failures = prefill.run(measured, shapes, args.variants, not args.no_peers, args.repeats)
         else:
-            e2e.run(measured, args.model, args.backends, args.workloads, args.max_running, args.logs, args.server_flags)
+            failures = e2e.run(
+                measured,
+                args.model,
+                args.backends,
+                args.workloads,
+                args.max_running,
+                args.logs,
+                args.server_flags,
+                args.limit_s,
+            )
     finally:  # what was measured before an error or an interrupt counts, too
-        if args.json:
-            measured.save(args.json)
-    for metric, digits in {"decode": {"time_us": 1}, "prefill": {"tflops": 0}}.get(
-        args.what, dict.fromkeys(e2e.METRICS, 2)
-    ).items():
-        results.show(measured.rows, metric, digits)
-    if args.what == "decode" and args.plot:
-        decode.plot(measured, args.plot)
-    return 0
+        measured.flush()
+    for metric in {"decode": ["time_us"], "prefill": ["tflops"]}.get(args.what, list(e2e.METRICS)):
+        results.show(measured.rows, metric)
+    for failure in failures:
+        print(f"failed: {failure}", file=sys.stderr)
+    return int(bool(failures))

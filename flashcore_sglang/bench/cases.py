@@ -144,6 +144,19 @@ class PrefillCase:
         pairs = self.new * self.prefix + self.new * self.new * (0.5 if self.causal else 1.0)
         return 4.0 * self.batch * self.heads.qo * self.heads.dim * pairs
 
+    @property
+    def unique_bytes(self) -> int:
+        """Bytes of Q, K, V and O when each is read or written once."""
+        prefixes = 1 if self.shared_prefix else self.batch
+        keys = prefixes * self.prefix + self.batch * self.new
+        rows = 2 * self.batch * self.new * self.heads.qo + 2 * keys * self.heads.kv
+        return rows * self.heads.dim * self.dtype.itemsize
+
+    @property
+    def intensity(self) -> float:
+        """Floating-point operations for each byte that has to move."""
+        return self.flops / self.unique_bytes
+
 
 def _grid() -> list[DecodeCase]:
     limit = 100 << 30

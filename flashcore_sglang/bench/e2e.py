@@ -1,10 +1,17 @@
-"""`flashcore bench e2e`: a real SGLang server with dummy weights, driven by SGLang's own bench_serving."""
+"""`flashcore bench e2e`: a real SGLang server with dummy weights, driven by SGLang's own bench_serving.
+
+What a client sees (`output_tok_s`, `tpot_ms`, `itl_ms`, `ttft_ms`) is bench_serving's. `itl_ms` is the median gap
+between chunks as its one Python thread reads them: where the server is faster than that thread, chunks wait in the
+socket and are read in bursts, and the median gap is shorter than any step was. `step_ms` is the honest figure beside
+it: how long the server takes for one token of each request of its fullest batch, from its own log.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import shlex
 import signal
 import statistics
 import subprocess
@@ -14,68 +21,99 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-from .results import Results
+from .results import OURS, Results
 
 BACKEND = "flashcore_sparse"  # --attention-backend
 _PORT = 30000
 _START_LIMIT_S = 300
 
 
-def _shared(groups: int, prompts: int, prefix: int, question: int) -> list[str]:
-    return (
+@dataclass(frozen=True)
+class Workload:
+    """What bench_serving is asked to send.
+
+    Attributes:
+        data: its flags for the prompts; `{output}` stands for the tokens that each request generates.
+        concurrency: requests at once.
+        output: tokens that each request generates.
+        cached: a first, unmeasured pass prefills the prompts, so that the measured one does nothing but decode. Else
+            the first requests wait, after their first token, until the last prompt is prefilled.
+    """
+
+    data: str
+    concurrency: int
+    output: int
+    cached: bool = False
+
+    def command(self, output: int) -> list[str]:
+        """Flags, for `output` tokens a request."""
+        return [*self.data.format(output=output).split(), "--max-concurrency", str(self.concurrency)]
+
+
+def _shared(groups: int, prompts: int, prefix: int, question: int) -> Workload:
+    data = (
         f"--dataset-name generated-shared-prefix --gsp-num-groups {groups} --gsp-prompts-per-group {prompts} "
-        f"--gsp-system-prompt-len {prefix} --gsp-question-len {question} --gsp-output-len 256 --gsp-fast-prepare "
-        f"--max-concurrency {groups * prompts}"
-    ).split()
+        f"--gsp-system-prompt-len {prefix} --gsp-question-len {question} --gsp-fast-prepare --gsp-output-len {{output}}"
+    )
+    return Workload(data, concurrency=groups * prompts, output=256)
 
 
-def _random(prompts: int, length: int, output: int, concurrency: int) -> list[str]:
-    return (
-        f"--dataset-name random-ids --random-input-len {length} --random-output-len {output} --random-range-ratio 1 "
-        f"--num-prompts {prompts} --max-concurrency {concurrency}"
-    ).split()
+def _random(prompts: int, length: int, output: int, concurrency: int, cached: bool = False) -> Workload:
+    data = (
+        f"--dataset-name random-ids --num-prompts {prompts} --random-input-len {length} --random-output-len {{output}} "
+        "--random-range-ratio 1"
+    )
+    return Workload(data, concurrency, output, cached)
 
 
-# W1, W2: many requests over few long prefixes. W3: long contexts. W4: nothing shared.
-WORKLOADS: dict[str, list[str]] = {
+# W1, W2: many requests over few long prefixes; W1x2: 1,024 at once. W3: long contexts, prefill included. W4: nothing
+# shared. L1, L6: decode at 128K by itself.
+WORKLOADS: dict[str, Workload] = {
     "W1": _shared(4, 128, 8192, 128),
     "W2": _shared(1, 64, 65536, 256),
     "W3": _random(4, 129000, 256, 4),
     "W4": _random(1024, 1024, 256, 512),
     "W1x2": _shared(8, 128, 8192, 128),
+    "L1": _random(1, 129000, 256, 1, cached=True),
+    "L6": _random(6, 129000, 256, 6, cached=True),
     "short": _shared(1, 8, 512, 64),
     "prefill4k": _random(32, 4096, 1, 32),
     "prefill128k": _random(4, 129000, 1, 4),
 }
 
-# metric of a result file -> field of bench_serving's record
+# metric of a result file -> field of bench_serving's record; the last two are of the server's log
 METRICS: dict[str, str] = {
     "output_tok_s": "output_throughput",
+    "input_tok_s": "input_throughput",
     "itl_ms": "median_itl_ms",
     "tpot_ms": "median_tpot_ms",
     "ttft_ms": "median_ttft_ms",
-    "steady_tok_s": "",
+    "steady_tok_s": "steady",
+    "step_ms": "step",
 }
 
 _DECODE_LINE = re.compile(r"Decode batch.*?#running-req: (\d+).*?gen throughput \(token/s\): ([\d.]+)")
 
 
-def steady_tokens_per_s(log: str) -> float:
-    """Median decode throughput of the server's log lines that ran its fullest batch.
+def steady(log: str) -> tuple[float, float]:
+    """What the server's log says of its fullest decode batch, as medians of its lines.
 
     Args:
         log: the server's log of one workload.
 
     Returns:
-        Tokens a second; 0 where the log has no decode line.
+        Tokens a second, and milliseconds of a step; zeros where the log has no decode line.
     """
     lines = [(int(running), float(speed)) for running, speed in _DECODE_LINE.findall(log)]
-    if not lines:
-        return 0.0
-    fullest = max(running for running, _ in lines)
-    return statistics.median(speed for running, speed in lines if running >= 0.98 * fullest)
+    fullest = max((running for running, _ in lines), default=0)
+    full = [(running, speed) for running, speed in lines if running >= 0.98 * fullest and speed > 0]
+    if not full:
+        return 0.0, 0.0
+    speeds = (speed for _, speed in full)
+    return statistics.median(speeds), statistics.median(1e3 * running / speed for running, speed in full)
 
 
 def _healthy() -> bool:
@@ -86,20 +124,51 @@ def _healthy() -> bool:
         return False
 
 
+@dataclass(frozen=True)
+class Backend:
+    """An `--attention-backend` value, or `flashcore_sparse:PRESET` for one of ours under FLASHCORE_CONFIG=PRESET."""
+
+    spec: str
+
+    @property
+    def flag(self) -> str:
+        return self.spec.partition(":")[0]
+
+    @property
+    def preset(self) -> str:
+        return self.spec.partition(":")[2]
+
+    @property
+    def name(self) -> str:
+        """In a result file."""
+        return self.spec.replace(BACKEND, OURS)
+
+    @property
+    def file_name(self) -> str:
+        return self.spec.replace(":", "_")
+
+    def environment(self) -> dict[str, str]:
+        return {**os.environ, "FLASHCORE_CONFIG": self.preset} if self.preset else dict(os.environ)
+
+
 @contextmanager
-def server(model: str, backend: str, max_running: int, log: Path, flags: list[str]) -> Iterator[None]:
+def server(model: str, backend: Backend, max_running: int, log: Path, flags: list[str]) -> Iterator[None]:
     """A server that is up inside the block and gone after it, with every process it started."""
     command = [sys.executable, "-m", "sglang.launch_server", "--model", model, "--load-format", "dummy"]
-    command += ["--attention-backend", backend, "--host", "127.0.0.1", "--port", str(_PORT)]
+    command += ["--attention-backend", backend.flag, "--host", "127.0.0.1", "--port", str(_PORT)]
     command += ["--mem-fraction-static", "0.88", "--cuda-graph-backend-prefill", "disabled"]
     command += ["--cuda-graph-max-bs", str(max_running), "--max-running-requests", str(max_running), *flags]
     with log.open("w") as stream:
-        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True, env=backend.environment()
+        )
     try:
         deadline = time.monotonic() + _START_LIMIT_S
         while "ready to roll" not in log.read_text():
             if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"the {backend} server did not start; the end of {log}:\n{log.read_text()[-3000:]}")
+                raise RuntimeError(
+                    f"the {backend.spec} server did not start; the end of {log}:\n{log.read_text()[-3000:]}"
+                )
             time.sleep(0.5)
         yield
     finally:
@@ -112,14 +181,38 @@ def server(model: str, backend: str, max_running: int, log: Path, flags: list[st
         time.sleep(2)  # the driver frees the memory of killed processes a moment later
 
 
-def _drive(model: str, workload: str, output: Path) -> dict[str, float]:
+def _serve(model: str, flags: list[str], output: Path, limit_s: float) -> dict[str, float]:
+    """One pass of bench_serving; its record."""
     command = [sys.executable, "-m", "sglang.bench_serving", "--backend", "sglang", "--host", "127.0.0.1"]
-    command += ["--port", str(_PORT), "--model", model, "--tokenizer", model, "--warmup-requests", "1"]
-    command += ["--flush-cache", "--disable-tqdm", "--output-file", str(output), *WORKLOADS[workload]]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command += ["--port", str(_PORT), "--model", model, "--tokenizer", model, "--disable-tqdm"]
+    command += ["--output-file", str(output), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=limit_s)
     if done.returncode:
-        raise RuntimeError(f"bench_serving {workload} failed:\n{done.stderr[-3000:]}")
+        raise RuntimeError(f"bench_serving {shlex.join(flags)} failed:\n{done.stderr[-3000:]}")
     record: dict[str, float] = json.loads(output.read_text().splitlines()[-1])
+    return record
+
+
+def drive(model: str, workload: Workload, log: Path, output: Path, limit_s: float) -> dict[str, float]:
+    """Sends a workload to the server that is up.
+
+    Args:
+        model: folder with the tokenizer.
+        workload: what to send.
+        log: the server's log, which it goes on writing.
+        output: bench_serving appends its records here.
+        limit_s: seconds after which a pass counts as hung.
+
+    Returns:
+        bench_serving's record, with `steady` and `step` of the server's log.
+    """
+    fresh = ["--flush-cache", "--warmup-requests", "1"]
+    if workload.cached:
+        _serve(model, [*workload.command(1), *fresh], output, limit_s)
+        fresh = ["--warmup-requests", "0"]
+    seen = len(log.read_text())
+    record = _serve(model, [*workload.command(workload.output), *fresh], output, limit_s)
+    record["steady"], record["step"] = steady(log.read_text()[seen:])
     return record
 
 
@@ -131,20 +224,50 @@ def run(
     max_running: int,
     logs: Path,
     flags: list[str],
-) -> None:
-    """Every workload on every backend, one server after the other on the same GPU; rows are added as they come."""
+    limit_s: float = 300,
+) -> list[str]:
+    """Every workload on every backend, one server after the other on the same GPU; rows are saved as they come.
+
+    What `results` has already is not measured again, and what fails does not stop the rest.
+
+    Returns:
+        What failed, a text each.
+
+    Raises:
+        ValueError: a workload keeps more requests running than the server would.
+    """
+    for name in workloads:
+        if WORKLOADS[name].concurrency > max_running:
+            raise ValueError(
+                f"{name} keeps {WORKLOADS[name].concurrency} requests running, the server at most {max_running}: "
+                f"--max-running {WORKLOADS[name].concurrency}"
+            )
     logs.mkdir(parents=True, exist_ok=True)
-    for backend in backends:
-        log = logs / f"server_{backend}.log"
-        name = "flashcore" if backend == BACKEND else backend
-        with server(model, backend, max_running, log, flags):
-            for workload in workloads:
-                seen = len(log.read_text())
-                record = _drive(model, workload, logs / f"{backend}_{workload}.jsonl")
-                record["steady"] = steady_tokens_per_s(log.read_text()[seen:])
-                for metric, key in METRICS.items():
-                    results.add(f"e2e/{workload}", name, metric, record[key or "steady"])
-                results.add(f"e2e/{workload}", name, "completed", record["completed"])
-                results.add(f"e2e/{workload}", name, "healthy", float(_healthy()))
-                shown = {metric: round(record[key or "steady"], 2) for metric, key in METRICS.items()}
-                print(backend, workload, shown, flush=True)
+    failures = []
+    for backend in map(Backend, backends):
+        missing = [workload for workload in workloads if not results.has(f"e2e/{workload}", backend.name)]
+        if not missing:
+            continue
+        log = logs / f"server_{backend.file_name}.log"
+        try:
+            with server(model, backend, max_running, log, flags):
+                for workload in missing:
+                    output = logs / f"{backend.file_name}_{workload}.jsonl"
+                    try:
+                        record = drive(model, WORKLOADS[workload], log, output, limit_s)
+                    except (RuntimeError, subprocess.TimeoutExpired) as error:
+                        failures.append(f"{backend.spec} {workload}: {error}")
+                        print(failures[-1], flush=True)
+                        continue
+                    shown = {}
+                    for metric, key in METRICS.items():
+                        results.add(f"e2e/{workload}", backend.name, metric, record[key])
+                        shown[metric] = round(record[key], 2)
+                    results.add(f"e2e/{workload}", backend.name, "completed", record["completed"])
+                    results.add(f"e2e/{workload}", backend.name, "healthy", float(_healthy()))
+                    results.flush()
+                    print(backend.spec, workload, shown, flush=True)
+        except RuntimeError as error:
+            failures.append(f"{backend.spec}: {error}")
+            print(failures[-1], flush=True)
+    return failures

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Writes the README's tables from the result files under scripts/bench/results/.
 
-A table stands between `<!-- table: FILE METRIC [CASES] -->` and `<!-- end -->`; everything between is replaced.
-CASES is a regular expression that the names of the cases must match.
+A table stands between `<!-- table: FILE METRIC [CASES [OURS/REFERENCE]] -->` and `<!-- end -->`, and is replaced.
+CASES is a regular expression that the names of the cases must match. OURS/REFERENCE (flashcore/fa3 unless given) is the
+ratio of the last column; the reference `best` is each case's best peer.
 `--check` changes nothing and exits 1 where the README differs from what its files say.
 """
 
@@ -19,22 +20,23 @@ from flashcore_sglang.bench import results
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
 RESULTS = ROOT / "scripts" / "bench" / "results"
-BLOCK = re.compile(r"(<!-- table: (\S+) (\S+)(?: (\S+))? -->\n).*?(<!-- end -->)", re.DOTALL)
-DIGITS = {"time_us": 1, "tflops": 0, "tb_s": 2, "output_tok_s": 0, "steady_tok_s": 0, "itl_ms": 1, "accuracy": 3}
+BLOCK = re.compile(r"(<!-- table: (\S+) (\S+)(?: (\S+)(?: (\S+)/(\S+))?)? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def table(file: str, metric: str, cases: str | None) -> str:
-    """The table of one metric of one result file, and the command that made it."""
+def table(file: str, metric: str, cases: str | None, ours: str | None, reference: str | None) -> str:
+    """The table of one metric of one result file, what its errors are, and the command that made it."""
+    ours, reference = ours or results.OURS, reference or "fa3"
     path = RESULTS / file
     record = json.loads(path.read_text())
     rows = [row for row in results.load(path) if re.search(cases or "", row.case)]
     made = f"`{record['command']}` on {record['host']}, {record['date']}"
-    return f"{results.markdown(rows, metric, DIGITS.get(metric, 2))}\n\n{made}\n"
+    errors = results.error_line(rows, ours) if metric in ("time_us", "tflops") else ""
+    return "\n\n".join(filter(None, [results.markdown(rows, metric, ours, reference), errors, made])) + "\n"
 
 
 def render(text: str) -> str:
     """The README with every table made anew."""
-    return BLOCK.sub(lambda m: f"{m[1]}{table(m[2], m[3], m[4])}{m[5]}", text)
+    return BLOCK.sub(lambda m: f"{m[1]}{table(*m.groups()[1:6])}{m[7]}", text)
 
 
 def main() -> int:
