@@ -210,9 +210,7 @@ def summarize(
         max_columns: bound on the pages of a request.
         summary_kind: a ``SummaryKind``; mean has one vector, the others two.
     """
-    library().summarize(
-        k_cache, kv_indptr, kv_indices, last_page_len, first_page, max_columns, summary_kind, summaries
-    )
+    library().summarize(k_cache, kv_indptr, kv_indices, last_page_len, first_page, max_columns, summary_kind, summaries)
 
 
 def select(

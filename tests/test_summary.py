@@ -315,9 +315,7 @@ def test_cuda_and_cpu_agree_to_the_bit(name: str) -> None:
     on_cpu = summarize(case, batch, k_cache, batch.plan(), [0] * batch.size)
     bits = torch.int8 if case.fp8 else torch.int16
     assert torch.equal(on_gpu.cpu().view(bits), on_cpu.view(bits))
-    assert torch.equal(
-        select(case, batch, q.cuda(), k_cache.cuda(), on_gpu), select(case, batch, q, k_cache, on_cpu)
-    )
+    assert torch.equal(select(case, batch, q.cuda(), k_cache.cuda(), on_gpu), select(case, batch, q, k_cache, on_cpu))
 
 
 def make_topk(case: Case, batch: Batch, device: str, **spec: int) -> tuple[PlannerOptions, Summaries]:

@@ -6,8 +6,8 @@
 //        heads after requests, and every warp takes an even stretch of it: one request gets the whole machine.
 // Warp   a lane owns 8 channels of one vector of a summary (of both where a vector takes the whole warp), so 32 lanes
 //        read 512 bytes of a page at once, and keeps the same channels of the group's queries in registers. A unit is
-//        as many loads as give 32 sums a lane; they are reduced over the lanes by halving, so that each lane ends with
-//        the sums of one page.
+//        8 loads (4 where the group is large); their sums are reduced over the lanes by halving, so that each lane ends
+//        with the sums of one page.
 //
 // Not tensor cores: at 4 query heads a KV head the products take half of the time that the bytes do, and only sums in a
 // known order choose the same pages on every machine.
@@ -27,18 +27,18 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kCtasPerSm = 2;
 
-// T: of queries and keys. S: of summaries. kVectorLanes: lanes that own the channels of one vector. kHeads: query heads
-// that are scored together; kMany: the group has more.
-template <class T_, class S_, int kVectorLanes_, int kVectors_, int kHeads_, bool kMany_>
+// T: of queries and keys. S: of summaries. kVectorLanes: lanes that own the channels of one vector. kMany: the group
+// has more query heads than are scored at a time.
+template <class T_, class S_, int kVectorLanes_, int kVectors_, bool kMany_>
 struct Traits {
   using T = T_;
   using S = S_;
-  static constexpr int kVectorLanes = kVectorLanes_, kVectors = kVectors_, kHeads = kHeads_;
+  static constexpr int kVectorLanes = kVectorLanes_, kVectors = kVectors_, kHeads = 4;
   static constexpr bool kMany = kMany_;
   static constexpr int kParts = kVectorLanes * kVectors > kWarp ? kVectors : 1;  // vectors that a lane owns channels of
   static constexpr int kPageLanes = kVectorLanes * kVectors / kParts;
-  static constexpr int kSide = kWarp / kPageLanes;      // pages that one load of a warp reads
-  static constexpr int kDeep = 32 / (kHeads * kParts);  // loads of a unit
+  static constexpr int kSide = kWarp / kPageLanes;        // pages that one load of a warp reads
+  static constexpr int kDeep = (kMany ? 4 : 8) / kParts;  // loads of a unit
   static constexpr int kColumns = kSide * kDeep;
   static constexpr int kHolders = kVectorLanes / kDeep;  // lanes of a vector that end with the sums of the same page
   static_assert(kHolders >= 1 && kColumns <= kWarp);
@@ -270,14 +270,8 @@ cudaError_t launch(const SelectParams& p) {
 
 template <class T, class S, int kVectorLanes, int kVectors>
 cudaError_t dispatch_heads(const SelectParams& p) {
-  const int32_t group = p.num_qo_heads / p.pages.num_kv_heads;
-  if (group <= 4) return launch<Traits<T, S, kVectorLanes, kVectors, 4, false>>(p);
-  if constexpr (kVectorLanes * kVectors > kWarp) {  // twice the channels a lane
-    return launch<Traits<T, S, kVectorLanes, kVectors, 4, true>>(p);
-  } else {
-    return group <= 8 ? launch<Traits<T, S, kVectorLanes, kVectors, 8, false>>(p)
-                      : launch<Traits<T, S, kVectorLanes, kVectors, 8, true>>(p);
-  }
+  return p.num_qo_heads / p.pages.num_kv_heads <= 4 ? launch<Traits<T, S, kVectorLanes, kVectors, false>>(p)
+                                                    : launch<Traits<T, S, kVectorLanes, kVectors, true>>(p);
 }
 
 template <class T, class S, int kVectorLanes>

@@ -34,6 +34,11 @@ def _parser() -> argparse.ArgumentParser:
         kernel.add_argument("--repeats", type=int, default=20, help="timed runs of a cell")
         _add_file(kernel)
 
+    sparse = commands.add_parser("sparse", help="page selection and attention over the choice (needs a GPU)")
+    sparse.add_argument("--no-peers", action="store_true", help="leave FA3 and FlashInfer, which read everything, out")
+    sparse.add_argument("--repeats", type=int, default=20, help="timed runs of a cell")
+    _add_file(sparse)
+
     server = commands.add_parser("e2e", help="a real SGLang server under load (needs a GPU)")
     server.add_argument("--model", required=True, help="folder with config.json and a tokenizer; weights are dummy")
     server.add_argument(
@@ -70,7 +75,7 @@ def _plot(args: argparse.Namespace) -> int:
 
 
 def _measure(args: argparse.Namespace) -> int:
-    from . import decode, e2e, prefill, results
+    from . import decode, e2e, prefill, results, sparse
     from .cases import DECODE_SUITES, PREFILL_SUITES
 
     if args.resume and not args.json:
@@ -86,6 +91,8 @@ def _measure(args: argparse.Namespace) -> int:
         elif args.what == "prefill":
             shapes = [case for suite in args.suite for case in PREFILL_SUITES[suite]]
             failures = prefill.run(measured, shapes, args.variants, not args.no_peers, args.repeats)
+        elif args.what == "sparse":
+            failures = sparse.run(measured, sparse.SPARSE_CASES, not args.no_peers, args.repeats)
         else:
             failures = e2e.run(
                 measured,
@@ -99,7 +106,9 @@ def _measure(args: argparse.Namespace) -> int:
             )
     finally:  # what was measured before an error or an interrupt counts, too
         measured.flush()
-    for metric in {"decode": ["time_us"], "prefill": ["tflops"]}.get(args.what, list(e2e.METRICS)):
+    for metric in {"decode": ["time_us"], "sparse": ["time_us"], "prefill": ["tflops"]}.get(
+        args.what, list(e2e.METRICS)
+    ):
         results.show(measured.rows, metric)
     for failure in failures:
         print(f"failed: {failure}", file=sys.stderr)

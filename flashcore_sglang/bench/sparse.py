@@ -1,0 +1,245 @@
+"""`flashcore bench sparse`: selection and attention together over a part of the pages, against dense peers.
+
+Every request reads everything in the peers and in `flashcore:exact`, and the pages of policy topk in `flashcore`: the
+scores of all pages, the choice of each KV head and the attention over it, as one layer of a decode step runs them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from .. import ops, variants
+from ..planner import Capacity, Planner, PlannerOptions, Policy, Summaries, SummarySpec, make_planner
+from . import peers
+from .accuracy import sample, token_error
+from .cases import DecodeCase, Heads
+from .results import OURS, Results
+from .timing import measure
+
+EXACT = f"{OURS}:exact"
+_CHECKED = 4  # requests compared with fp64
+_SINK_TOKENS, _RECENT_TOKENS = 128, 512
+
+
+@dataclass(frozen=True)
+class SparseCase:
+    """One decode step of `batch` requests of `context` tokens that read `budget` tokens, or a fraction of theirs."""
+
+    batch: int
+    context: int
+    budget: int
+    fraction: float = 0.0
+    heads: Heads = field(default_factory=Heads)
+    page_size: int = 64
+
+    @property
+    def name(self) -> str:
+        budget = max(self.budget, int(self.fraction * self.context))
+        return f"sparse/b{self.batch}/ctx{self.context}/budget{budget}/{self.heads.name}/p{self.page_size}"
+
+    @property
+    def dense(self) -> DecodeCase:
+        return DecodeCase(levels=((self.batch, self.context),), heads=self.heads, page_size=self.page_size)
+
+    @property
+    def pages(self) -> int:
+        return -(-self.context // self.page_size)
+
+    @property
+    def options(self) -> PlannerOptions:
+        sink, recent, budget = (-(-n // self.page_size) for n in (_SINK_TOKENS, _RECENT_TOKENS, self.budget))
+        return PlannerOptions(
+            policy=Policy.TOPK,
+            page_size=self.page_size,
+            sink_pages=sink,
+            recent_pages=recent,
+            budget_pages=budget,
+            budget_fraction=self.fraction,
+            max_columns=self.pages,
+        )
+
+    @property
+    def pages_read(self) -> int:
+        """Of each request and KV head."""
+        return min(self.options.list_pages, self.pages)
+
+
+SPARSE_CASES = [
+    SparseCase(1, 131072, 4096),
+    SparseCase(8, 131072, 4096),
+    SparseCase(16, 131072, 4096),
+    SparseCase(8, 32768, 2048),
+    SparseCase(8, 131072, 4096, fraction=0.3),
+    SparseCase(16, 131072, 4096, fraction=0.3),
+    SparseCase(8, 4096, 4096),
+]
+
+
+class Step:
+    """One layer of a decode step under one policy, over given caches."""
+
+    def __init__(self, case: SparseCase, policy: Policy, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        h, device = case.heads, q.device
+        options = replace(case.options, policy=policy)
+        shape = variants.Shape(
+            num_qo_heads=h.qo,
+            num_kv_heads=h.kv,
+            head_dim=h.dim,
+            page_size=case.page_size,
+            dtype=ops.DTYPES[q.dtype],
+            phase="decode",
+            batch=case.batch,
+            features=("causal",),
+        )
+        choice = variants.choose(shape, variants.device_of(device))
+        capacity = Capacity(
+            batch=case.batch,
+            tokens=case.batch,
+            pages=case.batch * case.pages,
+            num_pages=k.shape[0],
+            num_kv_heads=h.kv,
+            group=h.qo // h.kv,
+            rows_per_tile=choice.tiling.rows_per_tile,
+            num_ctas=choice.num_ctas,
+            sparse_pages=options.sparse_pages(case.batch, h.kv),
+            page_size=case.page_size,
+        )
+        self.case, self.variant, self.capacity = case, choice.variant.name, capacity
+        self.q, self.k, self.v = q, k, v
+        spec = SummarySpec([0], h.dim, k.dtype, max_columns=case.pages)
+        self.summaries = Summaries(spec, k.shape[0], h.kv, device)
+        self.planner: Planner = make_planner(options, capacity, device, self.summaries)
+        self.out = torch.full_like(q, float("nan"))
+        rows = capacity.max_partials
+        self.partials = torch.empty((rows, h.dim), device=device), torch.empty(rows, device=device)
+
+    def plan(self, table: torch.Tensor, lens: torch.Tensor) -> None:
+        """Plans the step and brings the summaries up to date; once a step, and once for each change of the cache."""
+        self.planner.begin_csr(None, *self.case.dense.csr(table, lens))
+        zeros = torch.zeros(self.case.batch, dtype=torch.int32, device=self.q.device)
+        self.planner.after_store(0, self.k, zeros)
+
+    def select(self) -> torch.Tensor:
+        self.planner.for_layer(0, self.q, self.k)
+        return self.planner.plan.kv_indices
+
+    def run(self) -> torch.Tensor:
+        plan = self.planner.for_layer(0, self.q, self.k)
+        ops.attend(
+            self.q,
+            self.k,
+            self.v,
+            plan.tensors(),
+            *self.partials,
+            self.out,
+            None,
+            rows_per_tile=self.capacity.rows_per_tile,
+            sm_scale=self.case.heads.dim**-0.5,
+            causal=True,
+            window_left=-1,
+            logits_soft_cap=0.0,
+            decode=True,
+            variant=self.variant,
+        )
+        return self.out
+
+    def lists(self) -> torch.Tensor:
+        """``[batch, kv_heads, pages_read]`` pages of the last selection."""
+        lists = self.planner.plan.kv_indices[self.capacity.pages :]
+        shape = (self.case.batch, self.case.heads.kv, self.planner.options.list_pages)
+        return lists.view(shape)[:, :, : self.case.pages_read]
+
+
+def list_error(step: Step) -> float:
+    """Largest absolute difference of a few requests to fp64 over the pages that were chosen; NaN is infinite."""
+    case, group = step.case, step.case.heads.qo // step.case.heads.kv
+    visible = case.pages_read * case.page_size - (-case.context % case.page_size)
+    lists, worst = step.lists(), 0.0
+    for r in sample(case.batch, _CHECKED):
+        for h in range(case.heads.kv):
+            rows, head = slice(h * group, (h + 1) * group), slice(h, h + 1)
+            pages = lists[r, h]
+            keys, values = step.k[:, :, head], step.v[:, :, head]
+            worst = max(worst, token_error(step.out[r, rows], step.q[r, rows], keys, values, pages, visible))
+    return worst
+
+
+def selection_loss(step: Step, table: torch.Tensor) -> float:
+    """How much higher than the worst chosen page a page scores in fp64 that was left out: rounding, or a wrong choice.
+
+    In units of the spread of the scores; at most 0 if there is none.
+    """
+    case, options = step.case, step.planner.options
+    lists, worst = step.lists(), -float("inf")
+    middle = slice(options.sink_pages, case.pages - options.recent_pages)
+    for r in sample(case.batch, _CHECKED):
+        pages = table[r, middle].long()
+        mean, deviation = step.summaries.of_layer[0][pages].double().unbind(2)
+        q = step.q[r].double().view(case.heads.kv, -1, case.heads.dim)
+        scores = torch.einsum("hgd,chd->chg", q, mean) + torch.einsum("hgd,chd->chg", q.abs(), deviation)
+        scores = scores.amax(-1)
+        for h in range(case.heads.kv):
+            chosen = torch.isin(pages, lists[r, h].long())
+            loss = scores[~chosen, h].max() - scores[chosen, h].min()
+            worst = max(worst, (loss / scores[:, h].std()).item())
+    return worst
+
+
+def check(sparse: Step, exact: Step, table: torch.Tensor) -> str | None:
+    """What is wrong with the sparse step that has run, or None."""
+    if sparse.case.pages_read == sparse.case.pages:
+        return None if torch.equal(sparse.out, exact.out) else "differs from policy exact below the budget"
+    loss = selection_loss(sparse, table)
+    if not loss < 1e-4:
+        return f"a page that was left out scores higher by {loss:.2e} deviations"
+    error = list_error(sparse)
+    limit = torch.finfo(sparse.out.dtype).eps * sparse.out.abs().max().item()  # an ulp of the largest
+    return f"off fp64 over its own pages by {error:.2e}" if not error < limit else None
+
+
+def run(results: Results, cases: list[SparseCase], with_peers: bool, repeats: int) -> list[str]:
+    """Measures every case that `results` does not have, saving rows as they come.
+
+    Returns:
+        What was not timed, a line each: a wrong selection, an error above bf16's, a result below the budget that is not
+        the exact one.
+    """
+    failures: list[str] = []
+    for case in cases:
+        if results.has(case.name, OURS):
+            continue
+        results.drop(case.name)
+        torch.manual_seed(0)
+        table, lens, num_pages = case.dense.page_table("cuda")
+        h = case.heads
+        k = torch.randn(num_pages, case.page_size, h.kv, h.dim, device="cuda", dtype=torch.bfloat16)
+        v = torch.randn_like(k)
+        q = torch.randn(case.batch, h.qo, h.dim, device="cuda", dtype=torch.bfloat16)
+        calls: dict[str, peers.Call] = {}
+        for name in ("fa3", "flashinfer") if with_peers else ():
+            call = peers.DECODE[name](case.dense, q, k, v, table, lens)
+            if call is not None:
+                calls[name] = call
+        sparse, exact = (Step(case, policy, q, k, v) for policy in (Policy.TOPK, Policy.EXACT))
+        for step in (sparse, exact):
+            step.plan(table, lens)
+            step.run()
+        problem = check(sparse, exact, table)
+        if problem is None:
+            calls |= {OURS: sparse.run, EXACT: exact.run}
+            times = {name: measure(call, repeats) for name, call in calls.items()}
+            for name, time in times.items():
+                results.add(case.name, name, "time_us", *time)
+            if case.pages_read < case.pages:
+                results.add(case.name, OURS, "select_us", *measure(sparse.select, repeats))
+            results.add(case.name, OURS, "kv_read", case.pages_read / case.pages)
+            results.flush()
+            print(case.name, {name: round(time.median, 1) for name, time in times.items()}, flush=True)
+        else:
+            failures.append(f"{case.name}: {problem}")
+            print(failures[-1], flush=True)
+        del k, v, calls, sparse, exact, step
+        torch.cuda.empty_cache()
+    return failures

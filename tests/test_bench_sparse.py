@@ -1,0 +1,58 @@
+"""What `flashcore bench sparse` checks before it times anything."""
+
+from __future__ import annotations
+
+import torch
+
+from flashcore_sglang.bench.cases import Heads
+from flashcore_sglang.bench.sparse import SPARSE_CASES, SparseCase, Step, check
+from flashcore_sglang.planner import Policy
+
+CASE = SparseCase(2, 4000, 1024, heads=Heads(8, 2, 64))
+
+
+def steps(case: SparseCase) -> tuple[Step, Step, torch.Tensor]:
+    torch.manual_seed(0)
+    table, lens, num_pages = case.dense.page_table("cpu")
+    k = torch.randn(num_pages, case.page_size, case.heads.kv, case.heads.dim).bfloat16()
+    q = torch.randn(case.batch, case.heads.qo, case.heads.dim).bfloat16()
+    sparse, exact = (Step(case, policy, q, k, torch.randn_like(k)) for policy in (Policy.TOPK, Policy.EXACT))
+    sparse.v = exact.v
+    for step in (sparse, exact):
+        step.plan(table, lens)
+        step.run()
+    return sparse, exact, table
+
+
+def test_names_are_unique_and_say_what_is_read() -> None:
+    names = [case.name for case in SPARSE_CASES]
+    assert len(set(names)) == len(names)
+    assert names[0] == "sparse/b1/ctx131072/budget4096/h32kv8d128/p64"
+    assert SparseCase(8, 131072, 4096, fraction=0.3).name == "sparse/b8/ctx131072/budget39321/h32kv8d128/p64"
+    assert SparseCase(8, 131072, 4096, fraction=0.3).pages_read == 615
+
+
+def test_a_right_step_passes() -> None:
+    sparse, exact, table = steps(CASE)
+    assert (CASE.pages_read, CASE.pages) == (16, 63)
+    assert check(sparse, exact, table) is None
+
+
+def test_a_wrong_choice_and_a_wrong_result_are_found() -> None:
+    sparse, exact, table = steps(CASE)
+    lists, out = sparse.lists().clone(), sparse.out.clone()
+    left_out = next(page for page in table[0, 2:55].tolist() if page not in lists[0, 1].tolist())
+    sparse.lists()[0, 1, 4] = left_out
+    assert "scores higher" in str(check(sparse, exact, table))
+    sparse.lists().copy_(lists)
+    sparse.out[1, 5] += 0.02 * sparse.out.abs().max()
+    assert "off fp64" in str(check(sparse, exact, table))
+    sparse.out.copy_(out)
+    assert check(sparse, exact, table) is None
+
+
+def test_below_the_budget_the_exact_result_is_asked_for() -> None:
+    sparse, exact, table = steps(SparseCase(2, 1000, 1024, heads=Heads(8, 2, 64)))
+    assert check(sparse, exact, table) is None
+    sparse.out[0, 0, 0] += 0.01
+    assert "below the budget" in str(check(sparse, exact, table))
