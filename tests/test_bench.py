@@ -292,8 +292,10 @@ def test_sparse_picture_is_budget_against_time_and_accuracy(tmp_path: Path, figu
         made.add(case, "fa3", "time_us", 400.0)
         made.add(case, "flashcore", "time_us", time)
         for task, worse in (("needle", 0.0), ("words", 0.25)):
-            made.add(f"eval/{task}/ctx131072/budget{budget}", "flashcore", "accuracy", accuracy - worse)
-    made.add("eval/needle/ctx131072/dense", "flashcore", "accuracy", 0.95)
+            made.add(f"eval/{task}/ctx131072", f"topk:{budget}", "accuracy", accuracy - worse)
+        made.add("eval/worst/ctx131072", f"topk:{budget}", "accuracy", 0.0)  # not counted twice
+    made.add("sparse/b8/ctx131072/budget30%/h32kv8d128/p64", "flashcore", "time_us", 100.0)
+    made.add("eval/needle/ctx131072", "exact", "accuracy", 0.95)
     made.save(tmp_path / "r.json")
     assert bench.main(["plot", str(tmp_path / "r.json"), "-o", str(tmp_path / "p.png")]) == 0
     time, quality = figures[0].axes
@@ -301,7 +303,7 @@ def test_sparse_picture_is_budget_against_time_and_accuracy(tmp_path: Path, figu
     def lines(axes: Any) -> list[tuple[list[float], list[float]]]:
         return [tuple(list(values) for values in line.get_data()) for line in axes.lines if len(line.get_xdata())]
 
-    assert ([1024, 4096], [20.0, 40.0]) in lines(time)
+    assert ([1024, 4096, 39321], [20.0, 40.0, 100.0]) in lines(time)
     assert ([1024, 4096], [400.0, 400.0]) in lines(time)
     assert ([1024, 4096], pytest.approx([0.375, 0.775])) in lines(quality)
     assert ([1024, 4096], [0.25, 0.65]) in lines(quality)

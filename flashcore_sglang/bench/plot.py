@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .cases import DECODE_SUITES, PREFILL_SUITES, DecodeCase, PrefillCase
-from .results import Row, is_ours, load, pivot
+from .results import OURS, Row, is_ours, load, pivot
 
 MEMORY_TB_S = 4.2  # what one H200 copies at, bytes read and written counted
 TENSOR_TFLOPS = 750  # bf16 matmuls of one H200 at its power limit
@@ -92,7 +92,7 @@ def _drawer(rows: list[Row]) -> Callable[[list[Row], NewFigure], Any]:
 
 def _order(backends: Iterable[str]) -> list[str]:
     """Peers first, ours last and so on top."""
-    return sorted(dict.fromkeys(backends), key=lambda name: (is_ours(name), name == "flashcore"))
+    return sorted(dict.fromkeys(backends), key=lambda name: (is_ours(name), name == OURS))
 
 
 def _decode(rows: list[Row], new_figure: NewFigure) -> Any:
@@ -152,7 +152,7 @@ def _prefill(rows: list[Row], new_figure: NewFigure) -> Any:
     for backend in _order(row.backend for row in rows):
         points = [(cases[name].intensity, cells[backend].value) for name, cells in speeds.items() if backend in cells]
         if points:
-            ours = backend == "flashcore"
+            ours = backend == OURS
             x, y = zip(*points, strict=True)
             axes.scatter(
                 x, y, color=_COLORS.get(backend), s=42 if ours else 22, marker="D" if ours else "o", label=backend
@@ -178,12 +178,13 @@ def _prefill(rows: list[Row], new_figure: NewFigure) -> Any:
     return figure
 
 
-_SPARSE = re.compile(r"sparse/b(\d+)/ctx(\d+)/budget(\d+)(?:/|$)")
-_EVAL = re.compile(r"eval/([^/]+)/ctx(\d+)/(?:budget(\d+)|dense)(?:/|$)")
+_SPARSE = re.compile(r"sparse/b(?P<batch>\d+)/ctx(?P<context>\d+)/budget(?P<budget>\d+)(?P<percent>%?)(?:/|$)")
+_EVAL = re.compile(r"eval/(?P<task>[^/]+)/ctx(?P<context>\d+)(?:/budget(?P<budget>\d+))?$")
+_POLICY = re.compile(r"(?P<policy>\w+):(?P<budget>\d+)(?P<kind>:\w+)?$")  # topk:1024:mean_std
 
 
 def _sparse(rows: list[Row], new_figure: NewFigure) -> Any:
-    """Cases: sparse/b8/ctx131072/budget4096/..., eval/TASK/ctx131072/budget4096 and eval/TASK/ctx131072/dense."""
+    """Cases: sparse/b8/ctx131072/budget4096 (or 30%), eval/TASK/ctx131072 by backends exact, topk:4096, ..."""
     drawn = {"time_us": _sparse_time, "accuracy": _sparse_quality}
     metrics = [metric for metric in drawn if any(row.metric == metric for row in rows)]
     figure = new_figure(5.5 * len(metrics), 4.5)
@@ -203,45 +204,54 @@ def _sparse_time(rows: list[Row], axes: Any) -> list[int]:
     for case, cells in pivot(rows, "time_us").items():
         found = _SPARSE.match(case)
         if found:
-            batch, context, budget = map(int, found.groups())
-            for backend, row in cells.items():
-                series[context, batch][backend][budget] = row.value
+            batch, context, budget = (int(found[name]) for name in ("batch", "context", "budget"))
+            tokens = budget * context // 100 if found["percent"] else budget
+            for backend in {"fa3", OURS} & set(cells):
+                series[context, batch][backend][tokens] = cells[backend].value
     for index, ((context, batch), backends) in enumerate(sorted(series.items())):
         for backend, times in backends.items():
-            if is_ours(backend) or backend == "fa3":
-                points = zip(*sorted(times.items()), strict=True)
-                name = f"{batch} x {_tokens(context)}{backend.removeprefix('flashcore').replace(':', ', ')}"
-                style = {"ls": "-", "marker": "o", "label": name} if is_ours(backend) else {"ls": "--"}
-                axes.plot(*points, color=f"C{index}", ms=4, **style)
+            points = zip(*sorted(times.items()), strict=True)
+            ours = {"ls": "-", "marker": "o", "label": f"{batch} x {_tokens(context)}"}
+            axes.plot(*points, color=f"C{index}", ms=4, **(ours if backend == OURS else {"ls": "--"}))
     axes.plot([], [], "--", color="0.4", label="fa3, all keys")
     axes.set(yscale="log", ylabel="time, us", title="Selection and attention of one layer")
     return sorted({budget for backends in series.values() for times in backends.values() for budget in times})
 
 
 def _sparse_quality(rows: list[Row], axes: Any) -> list[int]:
-    """Mean over the tasks and the worst task for each context and backend, exact attention as a level; the budgets."""
+    """Mean over the tasks and the worst task for each context and policy, exact attention as a level; the budgets."""
     series: dict[tuple[int, str], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-    exact: dict[tuple[int, str], list[float]] = defaultdict(list)
+    exact: dict[int, list[float]] = defaultdict(list)
     for case, cells in pivot(rows, "accuracy").items():
         found = _EVAL.match(case)
-        if found:
-            for backend, row in cells.items():
-                key = int(found[2]), backend
-                (series[key][int(found[3])] if found[3] else exact[key]).append(row.value)
-    for index, key in enumerate(sorted({*series, *exact})):
-        color = f"C{index}"
-        if key in exact:
-            axes.axhline(sum(exact[key]) / len(exact[key]), color=color, ls=":")
-        budgets = sorted(series[key])
-        values = [series[key][budget] for budget in budgets]
-        axes.plot(
-            budgets, [sum(v) / len(v) for v in values], "o-", color=color, ms=4, label=f"{_tokens(key[0])}, {key[1]}"
-        )
-        axes.plot(budgets, [min(v) for v in values], "v--", color=color, ms=4)
+        if not found or found["task"] in ("average", "worst"):  # made of the tasks, as here
+            continue
+        context = int(found["context"])
+        for backend, row in cells.items():
+            named = _POLICY.match(backend)
+            if named:
+                series[context, named["policy"] + (named["kind"] or "")][int(named["budget"])].append(row.value)
+            elif found["budget"]:
+                series[context, backend][int(found["budget"])].append(row.value)
+            else:
+                exact[context].append(row.value)
+    contexts = sorted({*exact, *(context for context, _ in series)})
+    for context, scores in exact.items():
+        axes.axhline(sum(scores) / len(scores), color=f"C{contexts.index(context)}", ls=":")
+    for number, (context, policy) in enumerate(sorted(series)):
+        by_budget = series[context, policy]
+        look = {"color": f"C{contexts.index(context)}", "ms": 4, "alpha": 1 - 0.15 * (number % 4)}
+        label = f"{_tokens(context)}, {policy}"
+        axes.plot(*_curve(by_budget, lambda scores: sum(scores) / len(scores)), "o-", label=label, **look)
+        axes.plot(*_curve(by_budget, min), "v--", **look)
     axes.plot([], [], "v--", color="0.4", label="worst task")
     axes.plot([], [], ":", color="0.4", label="exact attention")
     axes.set(ylim=(0, 1.05), ylabel="accuracy", title="Retrieval, mean of the tasks")
     return sorted({budget for by_budget in series.values() for budget in by_budget})
+
+
+def _curve(by_budget: dict[int, list[float]], of: Callable[[list[float]], float]) -> tuple[list[int], list[float]]:
+    return sorted(by_budget), [of(by_budget[budget]) for budget in sorted(by_budget)]
 
 
 def _known(rows: list[Row], suites: dict[str, list[Any]]) -> dict[str, Any]:

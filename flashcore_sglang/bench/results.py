@@ -21,6 +21,7 @@ FORMATS = {
     "output_tok_s": ".0f",
     "steady_tok_s": ".0f",
     "accuracy": ".3f",
+    "kv_read": ".3f",
     "max_error": ".1e",
 }  # of a metric's values; .2f else
 
