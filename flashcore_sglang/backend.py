@@ -105,7 +105,7 @@ class FlashcoreBackend(AttentionBackend):
                 "--cuda-graph-backend-prefill breakable (or disabled)"
             )
         assert self.graph_decode is not None  # SGLang calls init_cuda_graph_state first
-        self._begin(self.graph_decode, self._decode_batch(forward_batch), grow=False)
+        self._begin(self.graph_decode, self._decode_batch(forward_batch), grow=False, observe=not in_capture)
 
     def get_cuda_graph_seq_len_fill_value(self) -> int:
         """Keys of a row that pads a batch."""
@@ -115,15 +115,16 @@ class FlashcoreBackend(AttentionBackend):
         """Where reads of the scheduler's tensors end (asked by 0.5.23): before the replay, whatever the graph."""
         return compat.reads_end_before_replay() if fm.is_decode() else super().shared_read_ends(fm)
 
-    def _begin(self, phase: Phase, batch: Batch, grow: bool) -> None:
+    def _begin(self, phase: Phase, batch: Batch, grow: bool, observe: bool = True) -> None:
         if grow:
             phase.reserve(batch)
         phase.begin(batch, self.windows)
         self.phase = phase
-        plan = phase.planner(self.windows[0]).plan
-        if phase.decode:
-            self.metrics.observe(plan)
+        planner = phase.planner(self.windows[0])
+        if phase.decode and observe and self.metrics.enabled:
+            self.metrics.observe(planner.layer_plans())
         if self.config.check:
+            plan = planner.plan
             table = plan.kv_indptr[: batch.size + 1], plan.kv_indices, plan.last_page_len[: batch.size]
             ops.check_page_table(*table, self.page_size, self.num_pages)
 

@@ -1,13 +1,16 @@
 """Prometheus metrics of what the planner saves, without ever waiting for the device.
 
-The counts of a plan are written on the device. :class:`PlanMetrics` copies them to pinned memory behind the plan, on
-its stream, and adds them up in a later step, once that copy is done. SGLang's ``/metrics`` merges the files that every
-process writes under ``PROMETHEUS_MULTIPROC_DIR``; the server sets it before ``prometheus_client`` may be imported.
+The counts of a plan are written on the device, before the captured graph that reads the plan is replayed.
+:class:`PlanMetrics` copies them to pinned memory behind the plan, on its stream, and adds them up in a later step, once
+that copy is done. SGLang's ``/metrics`` merges the files that every process writes under ``PROMETHEUS_MULTIPROC_DIR``;
+the server sets it before ``prometheus_client`` may be imported.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from types import SimpleNamespace
 
@@ -16,52 +19,88 @@ import torch
 from flashcore_sglang.planner.plan import Count, Plan
 
 
-class PlanMetrics:
-    """Adds the counts of each step's plan to the process's metrics; does nothing unless ``enabled``.
+@dataclass
+class _Copy:
+    """Counts on their way to the host.
 
-    Pages are those that one KV head of one layer reads. Enable it on one rank of a tensor-parallel group (every rank
-    plans the same batch) and observe decode steps: a long prefill reads a page once for each tile of queries, so that
-    nothing is saved there.
+    Attributes:
+        counts: int32 ``[plans, NUM_COUNTS]``, pinned.
+        arrived: recorded behind the copy.
+        layers: of each plan.
+    """
+
+    counts: torch.Tensor
+    arrived: torch.cuda.Event
+    layers: list[int]
+
+
+class PlanMetrics:
+    """Adds the counts of each step's plans to the process's metrics.
+
+    Pages are those that one KV head reads, in the mean over the layers where they read different ones (policy topk with
+    dense layers). Page summaries are not counted. Enable it on one rank of a tensor-parallel group (every rank plans
+    the same batch) and observe decode steps: a long prefill reads a page once for each tile of queries, so that nothing
+    is saved there. A request that pads a batch to the size of a captured graph counts as one of one page.
+
+    Args:
+        enabled: what callers ask before they observe; without it nothing is imported, either.
 
     Raises:
         ImportError: ``enabled`` where ``prometheus_client`` is not installed.
     """
 
     def __init__(self, enabled: bool) -> None:
+        self.enabled = enabled
         self._metrics = _metrics() if enabled else None
-        self._pending: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
-        self._free: list[torch.Tensor] = []
+        self._pending: deque[_Copy] = deque()
+        self._free: list[_Copy] = []
 
-    def observe(self, plan: Plan) -> None:
-        """Queues the counts of ``plan``, just written on the current stream, and adds those that have arrived."""
+    def observe(self, layer_plans: Sequence[tuple[Plan, int]]) -> None:
+        """Queues the counts of a step's plans, just written on the current stream, and adds those that have arrived.
+
+        Args:
+            layer_plans: ``Planner.layer_plans()``.
+        """
         if self._metrics is None:
             return
-        if not plan.counts.is_cuda:
-            self._add(plan.counts)
+        used = [(plan.counts, layers) for plan, layers in layer_plans if layers]
+        layers = [layers for _, layers in used]
+        if not used[0][0].is_cuda:
+            self._add([counts.tolist() for counts, _ in used], layers)
             return
         self.collect()
         if torch.cuda.is_current_stream_capturing():
             return  # a replay would write to the same buffer behind our back
-        copy = self._free.pop() if self._free else torch.empty(Count.NUM_COUNTS, dtype=torch.int32, pin_memory=True)
-        copy.copy_(plan.counts, non_blocking=True)
-        arrived = torch.cuda.Event()
-        arrived.record()
-        self._pending.append((copy, arrived))
+        copy = self._buffer(len(used))
+        for row, (counts, _) in enumerate(used):
+            copy.counts[row].copy_(counts, non_blocking=True)
+        copy.layers = layers
+        copy.arrived.record()
+        self._pending.append(copy)
 
     def collect(self) -> None:
         """Adds the counts that have arrived; never waits."""
-        while self._pending and self._pending[0][1].query():
-            copy, _ = self._pending.popleft()
-            self._add(copy)
+        while self._pending and self._pending[0].arrived.query():
+            copy = self._pending.popleft()
+            self._add(copy.counts.tolist(), copy.layers)
             self._free.append(copy)
 
-    def _add(self, counts: torch.Tensor) -> None:
+    def _buffer(self, plans: int) -> _Copy:
+        for index, copy in enumerate(self._free):
+            if len(copy.counts) == plans:
+                return self._free.pop(index)
+        return _Copy(torch.empty(plans, Count.NUM_COUNTS, dtype=torch.int32, pin_memory=True), torch.cuda.Event(), [])
+
+    def _add(self, counts: list[list[int]], layers: list[int]) -> None:
         assert self._metrics is not None
-        values = counts.tolist()
-        read, dense = values[Count.PAGES_READ], values[Count.PAGES_DENSE]
+
+        def mean(count: Count) -> float:
+            return sum(of_plan[count] * n for of_plan, n in zip(counts, layers, strict=True)) / sum(layers)
+
+        read, dense = mean(Count.PAGES_READ), mean(Count.PAGES_DENSE)
         self._metrics.pages_read.inc(read)
         self._metrics.pages_saved.inc(max(dense - read, 0))
-        self._metrics.rows_packed.inc(values[Count.ROWS_PACKED])
+        self._metrics.rows_packed.inc(mean(Count.ROWS_PACKED))
         if dense:
             self._metrics.kv_read_ratio.set(read / dense)
 

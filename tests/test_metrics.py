@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from flashcore_sglang.metrics import PlanMetrics, _metrics
+from flashcore_sglang.planner import Planner, PlannerOptions
 from flashcore_sglang.planner.plan import Capacity, Count, Plan
 
 NAMES = (
@@ -32,6 +33,10 @@ def plan_of(read: int, dense: int, packed: int, device: str = "cpu") -> Plan:
     return plan
 
 
+def step(read: int, dense: int, packed: int) -> list[tuple[Plan, int]]:
+    return [(plan_of(read, dense, packed), 1)]
+
+
 @pytest.fixture
 def values():  # type: ignore[no-untyped-def]
     prometheus = pytest.importorskip("prometheus_client")
@@ -46,8 +51,8 @@ def values():  # type: ignore[no-untyped-def]
 def test_counts_add_up_and_the_ratio_is_the_latest(values) -> None:  # type: ignore[no-untyped-def]
     metrics = PlanMetrics(enabled=True)
     before = values()
-    metrics.observe(plan_of(read=30, dense=100, packed=3))
-    metrics.observe(plan_of(read=50, dense=100, packed=1))
+    metrics.observe(step(read=30, dense=100, packed=3))
+    metrics.observe(step(read=50, dense=100, packed=1))
     added = tuple(after - start for after, start in zip(values()[:3], before[:3], strict=True))
     assert added == (80, 120, 4)
     assert values()[3] == 0.5
@@ -55,14 +60,14 @@ def test_counts_add_up_and_the_ratio_is_the_latest(values) -> None:  # type: ign
 
 def test_prefill_reads_a_page_for_each_tile_and_saves_nothing(values) -> None:  # type: ignore[no-untyped-def]
     before = values()
-    PlanMetrics(enabled=True).observe(plan_of(read=12, dense=8, packed=0))
+    PlanMetrics(enabled=True).observe(step(read=12, dense=8, packed=0))
     assert [after - start for after, start in zip(values()[:3], before[:3], strict=True)] == [12, 0, 0]
 
 
 def test_empty_plan_keeps_the_ratio(values) -> None:  # type: ignore[no-untyped-def]
     metrics = PlanMetrics(enabled=True)
-    metrics.observe(plan_of(read=1, dense=4, packed=0))
-    metrics.observe(plan_of(read=0, dense=0, packed=0))
+    metrics.observe(step(read=1, dense=4, packed=0))
+    metrics.observe(step(read=0, dense=0, packed=0))
     assert values()[3] == 0.25
 
 
@@ -91,7 +96,7 @@ plan.counts[Count.PAGES_READ], plan.counts[Count.PAGES_DENSE], plan.counts[Count
 
 
 def test_disabled_never_imports_prometheus() -> None:
-    out = python(OBSERVE + "PlanMetrics(enabled=False).observe(plan); print('prometheus_client' in sys.modules)")
+    out = python(OBSERVE + "PlanMetrics(enabled=False).observe([(plan, 1)]); print('prometheus_client' in sys.modules)")
     assert out.strip() == "False"
 
 
@@ -114,7 +119,7 @@ def test_values_reach_the_servers_endpoint(tmp_path: Path) -> None:
     pytest.importorskip("prometheus_client")
     folder = {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
     for _ in range(2):
-        python(OBSERVE + "PlanMetrics(enabled=True).observe(plan)", **folder)
+        python(OBSERVE + "PlanMetrics(enabled=True).observe([(plan, 1)])", **folder)
     text = python(
         "from prometheus_client import CollectorRegistry, generate_latest, multiprocess\n"
         "registry = CollectorRegistry(); multiprocess.MultiProcessCollector(registry)\n"
@@ -125,6 +130,74 @@ def test_values_reach_the_servers_endpoint(tmp_path: Path) -> None:
     assert [float(lines[name]) for name in NAMES] == [60, 180, 4, 0.25]
 
 
+def prefix_batch(device: str) -> tuple[Planner, tuple[torch.Tensor, ...]]:
+    """A planner, and a decode batch of 8 requests that share 256 pages of 16 and have one of their own."""
+    shared, requests = 256, 8
+    options = PlannerOptions(page_size=16)
+    pages = requests * (shared + 1)
+    capacity = Capacity(
+        batch=requests,
+        tokens=requests,
+        pages=pages,
+        num_pages=pages,
+        num_kv_heads=2,
+        group=4,
+        rows_per_tile=64,
+        num_ctas=4,
+        page_size=16,
+    )
+    table = torch.arange(shared).expand(requests, shared)
+    own = shared + torch.arange(requests)[:, None]
+    indices = torch.cat([table, own], 1).flatten().int().to(device)
+    indptr = torch.arange(0, pages + 1, shared + 1, dtype=torch.int32, device=device)
+    last = torch.full((requests,), 5, dtype=torch.int32, device=device)
+    return Planner(options, capacity, device), (indptr, indices, last)
+
+
+def test_a_real_plan_counts_shared_pages_once(values) -> None:  # type: ignore[no-untyped-def]
+    planner, batch = prefix_batch("cpu")
+    before = values()
+    planner.begin_csr(None, *batch)
+    PlanMetrics(enabled=True).observe(planner.layer_plans())
+    assert [after - start for after, start in zip(values()[:3], before[:3], strict=True)] == [256 + 8, 7 * 256, 1]
+    assert values()[3] == pytest.approx((256 + 8) / (8 * 257))
+
+
+def test_dense_layers_count_for_what_they_read(values) -> None:  # type: ignore[no-untyped-def]
+    before = values()
+    PlanMetrics(enabled=True).observe([(plan_of(10, 100, 0), 30), (plan_of(100, 100, 0), 2), (plan_of(1, 9, 9), 0)])
+    read = (30 * 10 + 2 * 100) / 32
+    assert [after - start for after, start in zip(values()[:3], before[:3], strict=True)] == [read, 100 - read, 0]
+    assert values()[3] == pytest.approx(read / 100)
+
+
+@pytest.mark.gpu
+def test_steps_of_a_captured_graph_are_counted_without_a_wait(values) -> None:  # type: ignore[no-untyped-def]
+    planner, batch = prefix_batch("cuda")
+    metrics, read = PlanMetrics(enabled=True), torch.zeros_like(planner.plan.counts)
+    planner.begin_csr(None, *batch)
+    metrics.observe(planner.layer_plans())  # allocates pinned memory, once
+    torch.cuda.synchronize()
+    metrics.collect()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        read.copy_(planner.plan.counts)
+    before = values()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            planner.begin_csr(None, *batch)
+            metrics.observe(planner.layer_plans())
+            graph.replay()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    metrics.collect()
+    added = [after - start for after, start in zip(values()[:3], before[:3], strict=True)]
+    assert added == [3 * (256 + 8), 3 * 7 * 256, 3]
+    assert read[Count.PAGES_READ] == 256 + 8
+
+
 @pytest.mark.gpu
 def test_device_counts_arrive_without_a_wait(values) -> None:  # type: ignore[no-untyped-def]
     metrics = PlanMetrics(enabled=True)
@@ -133,9 +206,9 @@ def test_device_counts_arrive_without_a_wait(values) -> None:  # type: ignore[no
     before = values()
     with torch.cuda.stream(torch.cuda.Stream()):
         torch.cuda._sleep(200_000_000)  # cycles: the copy stands behind 0.1 s of work
-        metrics.observe(plan)
+        metrics.observe([(plan, 1)])
         assert values() == before
-        metrics.observe(plan)
+        metrics.observe([(plan, 1)])
         assert values() == before
     torch.cuda.synchronize()
     metrics.collect()

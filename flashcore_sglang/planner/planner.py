@@ -206,6 +206,10 @@ class Planner:
         """The plan that ``layer_id`` attends over with ``q`` ``[num_tokens, num_qo_heads, head_dim]``."""
         return self.plan
 
+    def layer_plans(self) -> list[tuple[Plan, int]]:
+        """Each plan of the present batch, and how many layers attend over it (1 where they all do)."""
+        return [(self.plan, 1)]
+
     def _start(self, batch: int, qo_indptr: torch.Tensor | None, num_tokens: int | None) -> int:
         if batch > self.capacity.batch:
             raise ValueError(

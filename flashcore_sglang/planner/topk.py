@@ -54,6 +54,12 @@ class Topk(Planner):
             self._select(layer_id, q, k_cache)
         return self.plan
 
+    def layer_plans(self) -> list[tuple[Plan, int]]:
+        if not self._sparse:
+            return super().layer_plans()
+        sparse = sum(layer in self.summaries.sparse for layer in self.summaries.spec.layers)
+        return [(self.plan, sparse), (self.dense_plan, len(self.summaries.spec.layers) - sparse)]
+
     def _select(self, layer_id: int, q: torch.Tensor, k_cache: torch.Tensor) -> None:
         o, spec = self.options, self.summaries.spec
         ops.select(
