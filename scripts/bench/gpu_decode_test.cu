@@ -19,18 +19,10 @@
 #include <string>
 #include <vector>
 
+#include "gpu_common.cuh"
 #include "params.h"
 
 using namespace flashcore;
-
-#define CUDA_CHECK(call)                                                                    \
-  do {                                                                                      \
-    const auto error_ = static_cast<cudaError_t>(call);                                     \
-    if (error_ != cudaSuccess) {                                                            \
-      std::printf("%s:%d %s: %s\n", __FILE__, __LINE__, #call, cudaGetErrorString(error_)); \
-      std::exit(1);                                                                         \
-    }                                                                                       \
-  } while (0)
 
 namespace {
 
@@ -63,36 +55,6 @@ struct Options {
 };
 
 // --- Device helpers --------------------------------------------------------------------------------------------------
-
-__device__ float random_normal(uint64_t i, uint32_t seed) {
-  uint64_t x = i * 0x9E3779B97F4A7C15ull + seed * 0xD1B54A32D192ED03ull;
-  x ^= x >> 32;
-  x *= 0xD6E8FEB86659FD93ull;
-  x ^= x >> 32;
-  x *= 0xD6E8FEB86659FD93ull;
-  x ^= x >> 32;
-  float sum = 0.0f;
-  for (int k = 0; k < 4; ++k) sum += static_cast<float>((x >> (16 * k)) & 0xFFFF) / 65536.0f - 0.5f;
-  return sum * 1.7320508f;
-}
-
-template <typename T>
-__device__ T from_float(float x);
-template <>
-__device__ __nv_bfloat16 from_float(float x) {
-  return __float2bfloat16(x);
-}
-template <>
-__device__ __half from_float(float x) {
-  return __float2half(x);
-}
-
-template <typename T>
-__global__ void fill_random(T* x, int64_t n, uint32_t seed) {
-  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < n; i += int64_t{gridDim.x} * blockDim.x) {
-    x[i] = from_float<T>(random_normal(i, seed));
-  }
-}
 
 // NaN in the slots of a request's last page that hold no key.
 __global__ void poison_tails(AttendParams p) {
@@ -493,39 +455,11 @@ std::vector<Case> check_cases() {
 
 // --- Time ------------------------------------------------------------------------------------------------------------
 
-double median(std::vector<float> x) {
-  std::sort(x.begin(), x.end());
-  return x[x.size() / 2];
-}
-
-// Microseconds of a captured graph, L2 flushed before each replay.
-double time_graph(const std::function<void()>& body, void* flush, size_t flush_bytes, int repeats) {
-  cudaStream_t stream;
-  CUDA_CHECK(cudaStreamCreate(&stream));
-  cudaGraph_t graph;
-  cudaGraphExec_t exec;
-  CUDA_CHECK(cudaStreamBeginCapture(cudaStreamPerThread, cudaStreamCaptureModeThreadLocal));
-  body();
-  CUDA_CHECK(cudaStreamEndCapture(cudaStreamPerThread, &graph));
-  CUDA_CHECK(cudaGraphInstantiate(&exec, graph, 0));
-  cudaEvent_t begin, end;
-  CUDA_CHECK(cudaEventCreate(&begin));
-  CUDA_CHECK(cudaEventCreate(&end));
-  std::vector<float> times;
-  for (int i = 0; i < repeats + 3; ++i) {
-    CUDA_CHECK(cudaMemsetAsync(flush, i, flush_bytes, stream));
-    CUDA_CHECK(cudaEventRecord(begin, stream));
-    CUDA_CHECK(cudaGraphLaunch(exec, stream));
-    CUDA_CHECK(cudaEventRecord(end, stream));
-    CUDA_CHECK(cudaEventSynchronize(end));
-    float ms;
-    CUDA_CHECK(cudaEventElapsedTime(&ms, begin, end));
-    if (i >= 3) times.push_back(ms * 1000);
-  }
-  CUDA_CHECK(cudaGraphExecDestroy(exec));
-  CUDA_CHECK(cudaGraphDestroy(graph));
-  CUDA_CHECK(cudaStreamDestroy(stream));
-  return median(times);
+// Microseconds of a captured graph over a cold L2.
+double time_graph(const std::function<void()>& body, const L2Flush& flush, int repeats) {
+  const cudaStream_t stream = cudaStreamPerThread;
+  const Graph graph(stream, body);
+  return median_us(repeats, stream, [&] { graph.launch(stream); }, [&] { flush(stream); });
 }
 
 struct Timed {
@@ -587,15 +521,15 @@ std::vector<Timed> time_cases() {
   return cases;
 }
 
-void time_case(const Timed& timed, const Options& options, void* flush, size_t flush_bytes) {
+void time_case(const Timed& timed, const Options& options, const L2Flush& flush) {
   Problem problem;
   build(problem, timed.c, options, false);
   AttendParams p = problem.params;
   p.lse = nullptr;
   p.stream = cudaStreamPerThread;
   const int repeats = 15;
-  const double both = time_graph([&] { attend(p); }, flush, flush_bytes, repeats);
-  const double alone = time_graph([&] { CUDA_CHECK(run_attend_wgmma_sm90_decode(p)); }, flush, flush_bytes, repeats);
+  const double both = time_graph([&] { attend(p); }, flush, repeats);
+  const double alone = time_graph([&] { CUDA_CHECK(run_attend_wgmma_sm90_decode(p)); }, flush, repeats);
   const double floor = problem.unique_bytes / 4.3e6;
   std::printf("%-34s ctas %3d rows %2d  %8.1f us (attend %8.1f)  %5.2f TB/s  floor %7.1f", timed.c.name.c_str(),
               options.ctas, options.rows_per_tile, both, alone, problem.unique_bytes / both * 1e-6, floor);
@@ -634,13 +568,12 @@ int main(int argc, char** argv) {
     }
     std::printf("%d failures\n", failures);
   } else {
-    const size_t flush_bytes = size_t{256} << 20;
-    void* flush = device_alloc<uint8_t>(flush_bytes);
+    const L2Flush flush;
     for (const Timed& timed : time_cases()) {
       if (timed.c.name.find(filter) == std::string::npos) continue;
       for (int count : ctas) {
         options.ctas = count;
-        time_case(timed, options, flush, flush_bytes);
+        time_case(timed, options, flush);
       }
     }
   }
