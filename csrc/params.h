@@ -17,7 +17,7 @@ constexpr int kSplitUnit = 64;
 
 // Query tokens that want the same keys. The `group` query heads of a KV head are packed beside the tokens:
 // packed query m = token_in_row * group + head_in_group.
-struct Row {
+struct alignas(16) Row {
   int32_t q_begin;      // first query token, or offset into row_tokens when kPacked
   int32_t q_count;      // query tokens, at most rows_per_tile / group
   int32_t flags;        // kPacked, kSole
@@ -31,7 +31,7 @@ constexpr int32_t kPacked = 1;  // tokens come from row_tokens: requests that sh
 constexpr int32_t kSole = 2;    // every token of the row is in no other row
 
 // Keys [kv_begin, kv_end) of one row for one KV head.
-struct Tile {
+struct alignas(16) Tile {
   int32_t pair;      // row * num_kv_heads + kv_head
   int32_t kv_begin;  // multiple of kSplitUnit
   int32_t kv_end;
@@ -72,7 +72,7 @@ struct Plan {
   int32_t max_pages, max_rows, max_row_tokens, max_tiles, max_merge, max_partials;
 };
 
-// From SGLang's req_to_token to a CSR page table. Page ids are slot / page_size of each page's first token.
+// From SGLang's req_to_token to a CSR page table. The slots of a page follow each other: slot = page * page_size + offset.
 struct PageTableParams {
   const int32_t* req_to_token;      // [max_requests, req_to_token_stride]
   const int64_t* req_pool_indices;  // [batch]

@@ -164,10 +164,17 @@ def test_padded_tokens_are_in_no_row() -> None:
     assert plan.merge_indptr.tolist()[2:] == [2] * 4
 
 
-def page_table_inputs(lens: list[int], context: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def page_table_inputs(
+    lens: list[int], page_size: int, context: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[list[int]]]:
+    """The arguments of the op, with another's slots behind each request's, and the page ids of each request."""
     rows = torch.randperm(len(lens) + 3)[: len(lens)]
     slots = torch.randint(0, 10_000, (len(lens) + 3, context), dtype=torch.int32)
-    return slots, rows, torch.tensor(lens, dtype=torch.int64)
+    columns = [-(-n // page_size) for n in lens]
+    pages = [torch.randint(0, 10_000, (n,), dtype=torch.int32) for n in columns]
+    for row, n, ids in zip(rows.tolist(), lens, pages, strict=True):
+        slots[row, :n] = (ids[:, None] * page_size + torch.arange(page_size, dtype=torch.int32)).flatten()[:n]
+    return slots, rows, torch.tensor(lens, dtype=torch.int64), [ids.tolist() for ids in pages]
 
 
 PAGE_TABLES = [([1, 16, 17, 0, 160, 5], 16), ([3, 1, 0], 1), ([9, 10, 11], 5), ([], 64), ([2000, 1, 64], 64)]
@@ -176,20 +183,21 @@ PAGE_TABLES = [([1, 16, 17, 0, 160, 5], 16), ([3, 1, 0], 1), ([9, 10, 11], 5), (
 @pytest.mark.parametrize("lens, page_size", PAGE_TABLES)
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_page_table(device: str, lens: list[int], page_size: int) -> None:
-    slots, rows, seq_lens = (tensor.to(device) for tensor in page_table_inputs(lens, 2048))
-    columns = [-(-n // page_size) for n in lens]
+    *tensors, pages = page_table_inputs(lens, page_size, 2052)
+    slots, rows, seq_lens = (tensor.to(device) for tensor in tensors)
+    columns = [len(ids) for ids in pages]
     plan = Plan.allocate(Capacity(len(lens), len(lens), sum(columns) + 3, 1, 1, 1, 1, 1), device)
     plan.kv_indices.fill_(-7)
     ops.page_table(slots, rows, seq_lens, page_size, plan.kv_indptr, plan.kv_indices, plan.last_page_len)
-    expected = [slots[row, :n:page_size] // page_size for row, n in zip(rows.tolist(), lens, strict=True)]
     assert plan.kv_indptr.tolist() == plan_oracle.cumulative(columns)
-    assert plan.kv_indices.tolist() == [page for part in expected for page in part.tolist()] + [-7] * 3
+    assert plan.kv_indices.tolist() == [*itertools.chain(*pages), *[-7] * 3]
     assert plan.last_page_len.tolist() == [(n - 1) % page_size + 1 if n else 0 for n in lens]
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_page_table_stops_at_its_capacity(device: str) -> None:
-    slots, rows, seq_lens = (tensor.to(device) for tensor in page_table_inputs([100, 100], 128))
+    *tensors, _ = page_table_inputs([100, 100], 16, 128)
+    slots, rows, seq_lens = (tensor.to(device) for tensor in tensors)
     plan = Plan.allocate(Capacity(2, 2, 20, 1, 1, 1, 1, 1), device)
     plan.kv_indices.fill_(-7)
     ops.page_table(slots, rows, seq_lens, 16, plan.kv_indptr, plan.kv_indices[:9], plan.last_page_len)

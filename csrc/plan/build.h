@@ -5,7 +5,7 @@
 //   for_each(n, f)       f(i) for every i, finished when it returns
 //   scan(n, value, f)    f(i, sum of value(j) for j < i) for every i; returns the whole sum. f(i) follows value(i) in
 //                        the same thread, so that the one may leave something for the other in a captured variable
-//   staged(values, n)    the same values where they are quicker to search
+//   beside(values, n)    room for a copy of n values that is quicker to read; values itself where there is none
 // so that both produce the same plan from the same source.
 #pragma once
 
@@ -13,11 +13,21 @@
 
 namespace flashcore {
 
-// Two counts that are summed together.
-struct Two {
-  int32_t first, second;
+// What a request adds to the plan: the nodes it owns, and its own rows.
+struct RequestSum {
+  int32_t node_rows, node_tokens, own_rows, merge_entries;
 
-  FLASHCORE_HD Two operator+(const Two& other) const { return {first + other.first, second + other.second}; }
+  FLASHCORE_HD RequestSum operator+(const RequestSum& other) const {
+    return {node_rows + other.node_rows, node_tokens + other.node_tokens, own_rows + other.own_rows,
+            merge_entries + other.merge_entries};
+  }
+};
+
+// What a cut adds to the plan.
+struct CutSum {
+  int32_t cuts, partials;
+
+  FLASHCORE_HD CutSum operator+(const CutSum& other) const { return {cuts + other.cuts, partials + other.partials}; }
 };
 
 // The members of a node stand in rows as even as they come, the longer ones first, in the order of their ranks.
@@ -59,15 +69,16 @@ struct FixedCuts {
   FLASHCORE_HD bool merged(const Row& row) const { return tiles > 1 || !(row.flags & kSole); }
 };
 
-// What a request adds to the plan.
+// The rows a request is in.
 struct RequestRows {
   Request request;
   int32_t levels = 0;
   int32_t packed_end = 0;  // first key that is in no packed row
 
   FLASHCORE_HD RequestRows(const PlanParams& p, const Scratch& s, bool share, int32_t r) : request(request_of(p, r)) {
-    if (share) levels = s.levels[r];
-    if (levels > 0) packed_end = s.chain_end[r * kMaxLevels + levels - 1] * p.page_size;
+    if (!share) return;
+    levels = s.levels[r];
+    packed_end = s.packed_columns[r] * p.page_size;
   }
   FLASHCORE_HD int32_t own_rows(const PlanParams& p) const {
     if (request.q_len == 1) return packed_end == 0 || packed_end < request.kv_len;
@@ -77,6 +88,11 @@ struct RequestRows {
     return request.q_len == 1 ? levels + own_rows(p) : request.q_len;
   }
 };
+
+// Tiles of the rows before row i, as if the line were not cut.
+FLASHCORE_HD int32_t tiles_before(const PlanParams& p, const Scratch& s, int32_t i) {
+  return p.split_keys == 0 ? i * p.num_kv_heads : s.row_tiles[i];
+}
 
 template <class Team>
 struct Builder {
@@ -89,18 +105,27 @@ struct Builder {
       : p(params), s(scratch_of(params)), team(team), share(shares_pages(params)) {}
 
   FLASHCORE_TEAM void build() {
+    if (!fill()) give_up();
+  }
+
+ private:
+  // False: the plan is larger than its buffers.
+  FLASHCORE_TEAM bool fill() {
     const Plan& plan = p.plan;
-    if (!batch_fits(p)) return give_up();
-    const Two packed = share ? place_nodes() : Two{0, 0};
-    const Two whole = place_requests(packed.first);
-    const int32_t num_rows = whole.first, num_packed = packed.first;
-    if (num_rows > plan.max_rows || packed.second > plan.max_row_tokens || whole.second > plan.max_merge) {
-      return give_up();
+    int32_t* node_rows = share ? team.beside(s.node_row, p.batch * kMaxLevels) : nullptr;
+    int32_t* request_rows = team.beside(s.request_row, p.batch + 1);
+    const RequestSum whole = place_requests(node_rows, request_rows);
+    const int32_t num_packed = whole.node_rows, num_rows = num_packed + whole.own_rows;
+    if (!batch_fits(p) || num_rows > plan.max_rows || whole.node_tokens > plan.max_row_tokens ||
+        whole.merge_entries > plan.max_merge) {
+      return false;
     }
-    const RowSum sum = place_rows(num_rows, num_packed);
-    const Two cuts = cut_line(num_rows, sum);
-    const int32_t num_tiles = sum.tiles + cuts.first, num_partials = sum.partials + cuts.second;
-    if (num_tiles > plan.max_tiles || num_partials > plan.max_partials) return give_up();
+    Row* rows = team.beside(plan.rows, num_rows);
+    int64_t* row_cost = team.beside(s.row_cost, num_rows + 1);
+    const RowSum sum = place_rows(num_rows, num_packed, node_rows, request_rows, rows, row_cost);
+    const CutSum cuts = cut_line(rows, row_cost, num_rows, sum);
+    const int32_t num_tiles = sum.tiles + cuts.cuts, num_partials = sum.partials + cuts.partials;
+    if (num_tiles > plan.max_tiles || num_partials > plan.max_partials) return false;
     team.for_each(1, [&](int32_t) {
       plan.tile_indptr[num_rows * p.num_kv_heads] = num_tiles;
       plan.counts[kNumRows] = num_rows;
@@ -112,100 +137,108 @@ struct Builder {
       plan.counts[kOverflow] = 0;
       plan.counts[kNextTile] = 0;
     });
+    return true;
   }
 
- private:
-  FLASHCORE_TEAM Two place_nodes() {
-    return team.template scan<Two>(
-        p.batch * kMaxLevels, [&](int32_t node) { return Two{NodeRows(p, s.members[node]).rows, s.members[node]}; },
-        [&](int32_t node, Two before) {
-          s.node_row[node] = before.first;
-          s.node_token[node] = before.second;
-        });
-  }
-
-  // Rows of requests stand behind those of nodes.
-  FLASHCORE_TEAM Two place_requests(int32_t first_row) {
-    const Two sum = team.template scan<Two>(
+  FLASHCORE_TEAM RequestSum place_requests(int32_t* node_rows, int32_t* request_rows) {
+    RequestSum nodes[kMaxLevels];
+    const RequestSum sum = team.template scan<RequestSum>(
         p.batch,
         [&](int32_t r) {
           const RequestRows rows(p, s, share, r);
-          return Two{rows.own_rows(p), rows.merge_entries(p)};
+          RequestSum own = {0, 0, rows.own_rows(p), rows.merge_entries(p)};
+          for (int32_t level = 0; share && level < kMaxLevels; ++level) {
+            const int32_t members = s.members[r * kMaxLevels + level];
+            nodes[level] = {NodeRows(p, members).rows, members, 0, 0};
+            own = own + nodes[level];
+          }
+          return own;
         },
-        [&](int32_t r, Two before) {
-          s.request_row[r] = first_row + before.first;
-          s.request_merge[r] = before.second;
+        [&](int32_t r, RequestSum before) {
+          s.request_row[r] = request_rows[r] = before.own_rows;
+          s.request_merge[r] = before.merge_entries;
+          for (int32_t level = 0; share && level < kMaxLevels; ++level) {
+            const int32_t node = r * kMaxLevels + level;
+            s.node_row[node] = node_rows[node] = before.node_rows;
+            s.node_token[node] = before.node_tokens;
+            before = before + nodes[level];
+          }
         });
-    const Two whole = {first_row + sum.first, sum.second};
     team.for_each(1, [&](int32_t) {
-      s.request_row[p.batch] = whole.first;
-      s.request_merge[p.batch] = whole.second;
+      s.request_row[p.batch] = request_rows[p.batch] = sum.own_rows;
+      s.request_merge[p.batch] = sum.merge_entries;
     });
-    return whole;
+    return sum;
   }
 
-  FLASHCORE_TEAM RowSum place_rows(int32_t num_rows, int32_t num_packed) {
-    const int32_t* node_rows = num_packed > 0 ? team.staged(s.node_row, p.batch * kMaxLevels) : nullptr;
-    const int32_t* request_rows = team.staged(s.request_row, p.batch + 1);
+  // The rows of nodes, and those of requests behind them.
+  FLASHCORE_TEAM RowSum place_rows(int32_t num_rows, int32_t num_packed, const int32_t* node_rows,
+                                   const int32_t* request_rows, Row* rows, int64_t* row_cost) {
     const RowSum sum = team.template scan<RowSum>(
         num_rows,
         [&](int32_t i) {
-          const Row row = i < num_packed ? node_row(i, find_segment(node_rows, 0, p.batch * kMaxLevels, i))
-                                         : request_row(i, find_segment(request_rows, 0, p.batch, i));
-          p.plan.rows[i] = row;
+          Row row;
+          if (i < num_packed) {
+            const int32_t node = find_segment(node_rows, 0, p.batch * kMaxLevels, i);
+            row = node_row(node, i - node_rows[node]);
+          } else {
+            const int32_t r = find_segment(request_rows, 0, p.batch, i - num_packed);
+            row = request_row(r, i - num_packed - request_rows[r]);
+          }
+          p.plan.rows[i] = rows[i] = row;
           const PairWork work = work_of(row, p.group);
           const FixedCuts cuts(p, row, work.units);
           const int32_t tiles = cuts.tiles * p.num_kv_heads;
           return RowSum{work.total() * p.num_kv_heads, ceil_div(row.kv_len, p.page_size), tiles,
                         cuts.merged(row) ? tiles * work.packed : 0};
         },
-        [&](int32_t i, const RowSum& before) { store(i, before); });
-    team.for_each(1, [&](int32_t) { store(num_rows, sum); });
+        [&](int32_t i, const RowSum& before) { store(i, before, row_cost); });
+    team.for_each(1, [&](int32_t) { store(num_rows, sum, row_cost); });
     return sum;
   }
 
-  FLASHCORE_TEAM void store(int32_t row, const RowSum& before) {
-    s.row_cost[row] = before.cost;
+  FLASHCORE_TEAM void store(int32_t row, const RowSum& before, int64_t* row_cost) {
+    s.row_cost[row] = row_cost[row] = before.cost;
     s.row_tiles[row] = before.tiles;
     s.row_partials[row] = before.partials;
   }
 
-  FLASHCORE_TEAM Row node_row(int32_t row, int32_t node) const {
-    const int32_t owner = node / kMaxLevels, i = row - s.node_row[node];
+  FLASHCORE_TEAM Row node_row(int32_t node, int32_t i) const {
+    const int32_t owner = node / kMaxLevels;
     const NodeRows rows(p, s.members[node]);
     return dense_row(p, request_of(p, owner), owner, s.node_token[node] + rows.first(i),
                      rows.first(i + 1) - rows.first(i), s.chain_begin[node] * p.page_size,
                      s.chain_end[node] * p.page_size, kPacked);
   }
 
-  FLASHCORE_TEAM Row request_row(int32_t row, int32_t r) const {
+  FLASHCORE_TEAM Row request_row(int32_t r, int32_t i) const {
     const RequestRows rows(p, s, share, r);
     const Request& request = rows.request;
     if (is_sparse(p, request)) return sparse_row(p, request, r);
     if (rows.levels > 0) return dense_row(p, request, r, request.q_begin, 1, rows.packed_end, request.kv_len, 0);
-    return own_row(p, request, r, (row - s.request_row[r]) * tokens_per_row(p));
+    return own_row(p, request, r, i * tokens_per_row(p));
   }
 
   // The first tile that a CTA's stretch of the line holds the start of, and the cut there, if there is one.
   struct Start {
     int32_t tile = 0;  // as if the line were not cut
     int32_t pair = 0, unit = 0;
-    Two cut = {0, 0};  // whether there is a new cut, and the partial results it adds
+    CutSum cut = {0, 0};  // whether there is a new cut, and the partial results it adds
   };
 
-  FLASHCORE_TEAM Start start_of(const Line& line, const int64_t* row_cost, int32_t num_rows, const RowSum& sum,
-                                int32_t cta) const {
+  FLASHCORE_TEAM Start start_of(const Line& line, const Row* rows, const int64_t* row_cost, int32_t num_rows,
+                                const RowSum& sum, int32_t cta) const {
     if (cta >= line.shares || num_rows == 0) return {.tile = sum.tiles};
     const int64_t begin = line.begin(cta);
     const int32_t i = find_segment(row_cost, 0, num_rows, begin);
-    const Row& row = p.plan.rows[i];
+    const Row row = rows[i];
     const PairWork work = work_of(row, p.group);
     const FixedCuts fixed(p, row, work.units);
     const int64_t in_row = begin - row_cost[i];
     const int32_t head = static_cast<int32_t>(divide(in_row, work.total()));
     const int32_t in_pair = static_cast<int32_t>(in_row - head * work.total());
     const int32_t unit = ceil_div(in_pair, work.cost);  // the first one at or after the start of the stretch
-    const int32_t tile = s.row_tiles[i] + head * fixed.tiles;
+    const int32_t tile = tiles_before(p, s, i) + head * fixed.tiles;
     if (p.split_keys > 0) {
       const int32_t k = ceil_div(unit, fixed.split_units);
       return {.tile = tile + (k < fixed.tiles ? k : fixed.tiles)};
@@ -221,26 +254,26 @@ struct Builder {
             .cut = {cuts, cuts ? (first ? 2 : 1) * work.packed : 0}};
   }
 
-  FLASHCORE_TEAM Two cut_line(int32_t num_rows, const RowSum& sum) {
+  FLASHCORE_TEAM CutSum cut_line(const Row* rows, const int64_t* row_cost, int32_t num_rows, const RowSum& sum) {
     const Line line(sum.cost, p.plan.num_ctas, p.split_keys == 0);
-    const int64_t* row_cost = team.staged(s.row_cost, num_rows);
     Start start;
-    const Two cuts = team.template scan<Two>(
+    const CutSum cuts = team.template scan<CutSum>(
         p.plan.num_ctas + 1,
         [&](int32_t cta) {
-          start = start_of(line, row_cost, num_rows, sum, cta);
+          start = start_of(line, rows, row_cost, num_rows, sum, cta);
           return start.cut;
         },
-        [&](int32_t cta, Two before) {
-          if (start.cut.first) {
-            s.cut_pair[before.first] = start.pair;
-            s.cut_unit[before.first] = start.unit;
-            s.cut_partials[before.first] = before.second;
+        [&](int32_t cta, CutSum before) {
+          if (start.cut.cuts) {
+            s.cut_pair[before.cuts] = start.pair;
+            s.cut_unit[before.cuts] = start.unit;
+            s.cut_partials[before.cuts] = before.partials;
           }
-          s.cuts_upto[cta] = before.first + start.cut.first;
-          p.plan.cta_indptr[cta] = start.tile + s.cuts_upto[cta];
+          const int32_t upto = before.cuts + start.cut.cuts;
+          s.cuts_upto[cta] = upto;
+          p.plan.cta_indptr[cta] = start.tile + upto;
         });
-    team.for_each(1, [&](int32_t) { s.cut_partials[cuts.first] = cuts.second; });
+    team.for_each(1, [&](int32_t) { s.cut_partials[cuts.cuts] = cuts.partials; });
     return cuts;
   }
 

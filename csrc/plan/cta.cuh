@@ -34,7 +34,7 @@ __device__ T warp_scan(T value) {
 }
 
 // The threads of one CTA. All of them call together.
-template <int kThreads, int kStagedBytes = 16>
+template <int kThreads, int kCopyBytes = 16>
 struct Cta {
   static_assert(kThreads % kWarp == 0 && kThreads <= kWarp * kWarp, "scan sums up the warps in one warp");
   static constexpr int kWarps = kThreads / kWarp;
@@ -42,10 +42,10 @@ struct Cta {
   struct Shared {
     alignas(16) unsigned char sums[kWarps * kSumBytes];
     int32_t firsts[2][kWarps];
-    alignas(16) unsigned char staged[kStagedBytes];
+    alignas(16) unsigned char copies[kCopyBytes];
   };
   Shared& shared;
-  int32_t used = 0;  // bytes of `staged`
+  int32_t used = 0;  // bytes of `copies`
   int32_t turn = 0;  // of the two `firsts`: slower warps still read the other one
 
   template <class F>
@@ -79,14 +79,13 @@ struct Cta {
     return before;
   }
 
-  // A copy of values that are searched, in shared memory as long as there is room.
+  // Shared memory for n values as long as there is room.
   template <class T>
-  __device__ const T* staged(const T* values, int32_t n) {
+  __device__ T* beside(T* values, int32_t n) {
     const int32_t bytes = (n * static_cast<int32_t>(sizeof(T)) + 15) / 16 * 16;
-    if (bytes > kStagedBytes - used) return values;
-    T* copy = reinterpret_cast<T*>(shared.staged + used);
+    if (bytes > kCopyBytes - used) return values;
+    T* copy = reinterpret_cast<T*>(shared.copies + used);
     used += bytes;
-    for_each(n, [&](int32_t i) { copy[i] = values[i]; });
     return copy;
   }
 

@@ -1,9 +1,11 @@
 // The page table of a batch as CSR, from SGLang's req_to_token.
 //
-// Grid (requests, chunks of columns), 256 threads. Slots of a page follow each other, so page column c of a request
-// holds page id req_to_token[row, c * page_size] / page_size. Each slot read is a memory sector of its own: a thread
-// has kUnroll of them on the way before it does anything else. Each CTA sums up the pages of the requests before its
-// own: that is less work than a launch for a scan. Entries beyond a request's length are another's and are never read.
+// Grid (requests, chunks of columns), 256 threads. Slots of a page follow each other, so any of a page's slots divided
+// by page_size is the page's id. The time is that of the memory sectors: the last slot of an even column and the first
+// one of the odd column behind it stand side by side, in one sector unless a sector begins just between them, and a
+// thread has kUnroll slots on the way before it does anything else. (SGLang's rows are context + 4 slots long: three
+// in four of them begin within a sector of 64 bytes.) Each CTA sums up the pages of the requests before its own: that
+// is less work than a launch for a scan. Entries beyond a request's length are another's and are never read.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -48,7 +50,8 @@ __global__ void __launch_bounds__(kThreads) page_table_kernel(PageTableParams p)
 #pragma unroll
     for (int k = 0; k < kUnroll; ++k) {
       const int32_t c = column + k * step;
-      slot[k] = c < columns ? slots[int64_t{c} * p.page_size] : 0;
+      const int64_t next = int64_t{c + 1} * p.page_size;  // first key of the column behind
+      slot[k] = c < columns ? slots[c % 2 == 0 && next <= length ? next - 1 : next - p.page_size] : 0;
     }
   };
   load(first);
@@ -79,7 +82,7 @@ __global__ void __launch_bounds__(kThreads) page_table_kernel(PageTableParams p)
 int run_page_table_cuda(const PageTableParams& p) {
   // Few requests may be long ones: enough CTAs in all to keep the memory busy.
   const int32_t requests = std::max(p.batch, 1);
-  const dim3 grid(requests, std::clamp(512 / requests, 1, 64));
+  const dim3 grid(requests, std::clamp(1024 / requests, 1, 64));
   page_table_kernel<<<grid, kThreads, 0, static_cast<cudaStream_t>(p.stream)>>>(p);
   return cudaGetLastError();
 }

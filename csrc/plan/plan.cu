@@ -1,9 +1,9 @@
-// The plan on the device, without a word to the host: two launches, seven with sharing.
+// The plan on the device, without a word to the host: two launches, four with sharing.
 //
-//   follow   (requests), kMaxLevels times   a request's path to its next fork (share.h)
-//   walk     (requests / 4)                 a warp a request: nodes of the prefix tree
-//   build    1 CTA                          rows, cuts, CTA ranges: what needs sums (build.h)
-//   write    4 CTAs an SM                   tokens and tiles, a thread an item, a CTA one kind of them (write.h)
+//   trace    (requests)       a CTA a request: its path down the prefix tree (share.h)
+//   walk     (requests / 4)   a warp a request: nodes of the prefix tree
+//   build    1 CTA            rows, cuts, CTA ranges: what needs sums (build.h)
+//   write    4 CTAs an SM     tokens and tiles, a thread an item, a CTA one kind of them (write.h)
 //
 // Each launch begins while the one before it ends (dependent_launch.cuh). There are no atomics, so a plan is the same
 // in every run and the same as the CPU's.
@@ -17,15 +17,15 @@ namespace flashcore {
 
 namespace {
 
-constexpr int kFollowThreads = 256;
+constexpr int kTraceThreads = 256;
 constexpr int kWalkThreads = 128;
 constexpr int kBuildThreads = 1024;
-constexpr int kBuildStagedBytes = 40 << 10;
+constexpr int kBuildCopyBytes = 40 << 10;
 constexpr int kWriteThreads = 256;
 constexpr int kWriteKinds = 4;
 constexpr int kWriteCtas = kWriteKinds * 132;
 
-struct FollowTeam : Cta<kFollowThreads> {
+struct TraceTeam : Cta<kTraceThreads> {
   __device__ bool leads() const { return threadIdx.x == 0; }
 };
 
@@ -41,24 +41,23 @@ struct WalkTeam {
   }
 };
 
-__global__ void __launch_bounds__(kFollowThreads, 4) follow_kernel(PlanParams p, int32_t round) {
-  __shared__ FollowTeam::Shared shared;
+__global__ void __launch_bounds__(kTraceThreads, 4) trace_kernel(PlanParams p) {
+  __shared__ TraceTeam::Shared shared;
   allow_dependents();
   wait_for_primary();
-  if (!batch_fits(p)) return;
-  FollowTeam team{{shared}};
-  follow(p, scratch_of(p), team, round, blockIdx.x);
+  TraceTeam team{{shared}};
+  trace_path(p, scratch_of(p), team, blockIdx.x);
 }
 
 __global__ void __launch_bounds__(kWalkThreads) walk_kernel(PlanParams p) {
   allow_dependents();
   wait_for_primary();
   const int32_t r = (blockIdx.x * kWalkThreads + threadIdx.x) / kWarp;
-  if (r < p.batch && batch_fits(p)) walk(p, scratch_of(p), WalkTeam{}, r);
+  if (r < p.batch) walk(p, scratch_of(p), WalkTeam{}, r);
 }
 
 __global__ void __launch_bounds__(kBuildThreads) build_kernel(PlanParams p) {
-  using Team = Cta<kBuildThreads, kBuildStagedBytes>;
+  using Team = Cta<kBuildThreads, kBuildCopyBytes>;
   __shared__ Team::Shared shared;
   allow_dependents();
   wait_for_primary();
@@ -91,7 +90,7 @@ int run_plan_cuda(const PlanParams& p) {
     if (error == cudaSuccess) error = launch_dependent(kernel, ctas, threads, stream, arguments...);
   };
   if (shares_pages(p)) {
-    for (int32_t round = 0; round < kMaxLevels; ++round) launch(follow_kernel, p.batch, kFollowThreads, p, round);
+    launch(trace_kernel, p.batch, kTraceThreads, p);
     launch(walk_kernel, ceil_div(p.batch, kWalkThreads / kWarp), kWalkThreads, p);
   }
   launch(build_kernel, 1, kBuildThreads, p);

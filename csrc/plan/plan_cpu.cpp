@@ -23,7 +23,7 @@ struct OneThread {
   }
 
   template <class T>
-  const T* staged(const T* values, int32_t) const {
+  T* beside(T* values, int32_t) const {
     return values;
   }
 
@@ -49,10 +49,8 @@ int run_plan_cpu(const PlanParams& p) {
   OneThread team;
   Builder<OneThread> builder(p, team);
   if (builder.s.size > p.scratch_size) return 1;
-  if (builder.share && batch_fits(p)) {
-    for (int32_t round = 0; round < kMaxLevels; ++round) {
-      team.for_each(p.batch, [&](int32_t r) { follow(p, builder.s, team, round, r); });
-    }
+  if (builder.share) {
+    team.for_each(p.batch, [&](int32_t r) { trace_path(p, builder.s, team, r); });
     team.for_each(p.batch, [&](int32_t r) { walk(p, builder.s, team, r); });
   }
   builder.build();

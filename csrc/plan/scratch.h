@@ -20,16 +20,16 @@ struct Scratch {
   int32_t* cut_partials;  // [num_ctas + 1] partial results that the cuts before add
   int32_t* cuts_upto;     // [num_ctas + 1] cuts at or before the start of each CTA's stretch
   // What comes before each request; the last entries hold the whole.
-  int32_t* request_row;    // [batch + 1] rows: those of nodes, and other requests' own
+  int32_t* request_row;    // [batch + 1] rows of its own; those of nodes stand in front of them all
   int32_t* request_merge;  // [batch + 1] entries of merge_rows
   // Sharing, see share.h. A node is a stretch of page columns that requests have in common;
   // node = owner * kMaxLevels + level.
-  int32_t* path_owner;   // [kMaxLevels, batch] lowest request of the class, -1 behind the end of a request's path
-  int32_t* path_end;     // [kMaxLevels, batch] first column in which the request differs from that owner
-  int32_t* path_page;    // [kMaxLevels, batch] its page there, -1 where the path ends
-  int32_t* levels;       // [batch] nodes the request is in
-  int32_t* chain_owner;  // [batch, kMaxLevels] request whose page table the node's row reads
-  int32_t* chain_begin;  // [batch, kMaxLevels] page columns [begin, end)
+  int32_t* path_owner;      // [kMaxLevels, batch] owners of a request's path, -1 behind its end
+  int32_t* path_end;        // [kMaxLevels, batch] first column in which the request differs from that owner
+  int32_t* levels;          // [batch] nodes the request is in
+  int32_t* packed_columns;  // [batch] page columns [0, packed_columns) of the request are in nodes
+  int32_t* chain_owner;     // [batch, kMaxLevels] request whose page table the node's row reads
+  int32_t* chain_begin;     // [batch, kMaxLevels] page columns [begin, end)
   int32_t* chain_end;
   int32_t* chain_rank;  // [batch, kMaxLevels] requests before this one in the node
   int32_t* members;     // [nodes] requests in the node
@@ -64,8 +64,8 @@ FLASHCORE_HD Scratch scratch_of(const PlanParams& p) {
     const int64_t nodes = static_cast<int64_t>(p.batch) * kMaxLevels;
     s.path_owner = take(nodes);
     s.path_end = take(nodes);
-    s.path_page = take(nodes);
     s.levels = take(p.batch);
+    s.packed_columns = take(p.batch);
     s.chain_owner = take(nodes);
     s.chain_begin = take(nodes);
     s.chain_end = take(nodes);

@@ -1,8 +1,8 @@
 // Shared prefixes: which stretches of page columns requests have in common, and whether packing them pays.
 //
 // Requests with the same first page are a class, and the lowest of them owns it. Every request follows its class' owner
-// as long as their pages agree, column by column; those that leave the owner at the same column with the same page are
-// a class again, and so on, at most kMaxLevels times. So a class has every page in common before it begins, whatever
+// as long as their pages agree, column by column. Where it leaves, the requests that have all its pages up to there and
+// that one in common are a class again, and so on, at most kMaxLevels times. Equality is checked page by page, whatever
 // the tables are: nothing assumes that they are prefix trees. For those that are, the owners' stretches between the
 // columns where requests leave are the edges of the radix tree.
 //
@@ -41,49 +41,35 @@ FLASHCORE_HD int32_t shareable_columns(const PlanParams& p, const Request& reque
 // Paths
 // ---------------------------------------------------------------------------------------------------------------------
 
-// A request's page where it left its last owner: those that left there with it are a class.
-struct Fork {
-  int32_t owner, column, page;  // page -1: the path is over
-
-  FLASHCORE_HD bool operator==(const Fork& other) const {
-    return owner == other.owner && column == other.column && page == other.page;
-  }
-};
-
-FLASHCORE_HD Fork fork_of(const PlanParams& p, const Scratch& s, int32_t round, int32_t r) {
-  if (round > 0) {
-    const int32_t at = (round - 1) * p.batch + r;
-    return {s.path_owner[at], s.path_end[at], s.path_page[at]};
-  }
-  const Request request = request_of(p, r);
-  return {-1, 0, shareable_columns(p, request) > 0 ? p.plan.kv_indices[request.page_begin] : -1};
-}
-
-// Takes a request's path from its fork to the next one; all requests have to be through the rounds before.
 template <class Team>
-FLASHCORE_TEAM void follow(const PlanParams& p, const Scratch& s, Team& team, int32_t round, int32_t r) {
-  const Fork fork = fork_of(p, s, round, r);
-  Fork next{-1, fork.column, -1};
-  if (fork.page >= 0) {
-    const Request request = request_of(p, r);
-    const int32_t columns = shareable_columns(p, request);
-    next = {r, columns, -1};
-    next.owner = team.template first<2>(0, r, [&](int32_t other) { return fork_of(p, s, round, other) == fork; });
-    if (next.owner < r) {
-      const Request owner = request_of(p, next.owner);
-      const int32_t owners = shareable_columns(p, owner);
-      const int32_t* mine = p.plan.kv_indices + request.page_begin;
-      const int32_t* theirs = p.plan.kv_indices + owner.page_begin;
-      next.column = team.template first<8>(fork.column + 1, columns < owners ? columns : owners,
-                                           [&](int32_t column) { return mine[column] != theirs[column]; });
-      if (next.column < columns) next.page = mine[next.column];
+FLASHCORE_TEAM void trace_path(const PlanParams& p, const Scratch& s, Team& team, int32_t r) {
+  const Request request = request_of(p, r);
+  const int32_t columns = batch_fits(p) ? shareable_columns(p, request) : 0;
+  const int32_t* mine = p.plan.kv_indices + request.page_begin;
+  int32_t owner = -1, end = 0;  // the path so far: the request follows `owner` up to column `end`
+  for (int32_t round = 0; round < kMaxLevels; ++round) {
+    const int32_t fork = end;
+    // Lower requests than the last owner are not in its class, and so in none of those behind.
+    owner = fork < columns ? owner + 1 : -1;
+    while (fork < columns) {
+      owner = team.template first<2>(owner, r, [&](int32_t other) {
+        const Request candidate = request_of(p, other);
+        return fork < shareable_columns(p, candidate) && p.plan.kv_indices[candidate.page_begin + fork] == mine[fork];
+      });
+      end = columns;
+      if (owner == r) break;
+      const Request candidate = request_of(p, owner);
+      const int32_t theirs = shareable_columns(p, candidate);
+      end = team.template first<8>(0, columns < theirs ? columns : theirs, [&](int32_t column) {
+        return p.plan.kv_indices[candidate.page_begin + column] != mine[column];
+      });
+      if (end > fork) break;
+      ++owner;  // the same page after other ones
     }
+    if (!team.leads()) continue;
+    s.path_owner[round * p.batch + r] = owner;
+    s.path_end[round * p.batch + r] = end;
   }
-  if (!team.leads()) return;
-  const int32_t at = round * p.batch + r;
-  s.path_owner[at] = next.owner;
-  s.path_end[at] = next.column;
-  s.path_page[at] = next.page;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -103,13 +89,19 @@ struct Edge {
 
 template <class Team>
 FLASHCORE_TEAM void walk(const PlanParams& p, const Scratch& s, const Team& team, int32_t r) {
+  int32_t path_owner[kMaxLevels], path_end[kMaxLevels];
+  for (int32_t round = 0; round < kMaxLevels; ++round) {
+    path_owner[round] = s.path_owner[round * p.batch + r];
+    path_end[round] = s.path_end[round * p.batch + r];
+  }
   int32_t level = 0;
   int32_t base = 0;  // everything before this column is packed
   int32_t column = 0;
-  for (int32_t round = 0; round < kMaxLevels && s.path_owner[round * p.batch + r] >= 0; ++round) {
+  for (int32_t round = 0; round < kMaxLevels; ++round) {
     const int32_t* owners = s.path_owner + round * p.batch;
     const int32_t* ends = s.path_end + round * p.batch;
-    const int32_t owner = owners[r], end = ends[r];
+    const int32_t owner = path_owner[round], end = path_end[round];
+    if (owner < 0) break;
     while (column < end && level < kMaxLevels) {
       const Edge edge = team.sum(p.batch, [&](int32_t other) {
         return owners[other] == owner && ends[other] > column ? Edge{1, other < r, ends[other]} : Edge{};
@@ -130,6 +122,7 @@ FLASHCORE_TEAM void walk(const PlanParams& p, const Scratch& s, const Team& team
   }
   if (!team.leads()) return;
   s.levels[r] = level;
+  s.packed_columns[r] = base;
   for (; level < kMaxLevels; ++level) s.members[r * kMaxLevels + level] = 0;
 }
 

@@ -17,7 +17,7 @@ struct Writer {
 
   // How many items each function has; none of a batch that was given up.
   FLASHCORE_TEAM int32_t num_tokens() const { return given_up() ? 0 : p.num_tokens + 1; }
-  FLASHCORE_TEAM int32_t num_uncut() const { return given_up() ? 0 : s.row_tiles[num_rows]; }
+  FLASHCORE_TEAM int32_t num_uncut() const { return given_up() ? 0 : tiles_before(p, s, num_rows); }
   FLASHCORE_TEAM int32_t num_cuts() const { return given_up() ? 0 : s.cuts_upto[p.plan.num_ctas]; }
   FLASHCORE_TEAM int32_t num_listed() const {
     return given_up() || p.policy != Policy::window ? 0 : p.batch * p.list_pages;
@@ -34,7 +34,7 @@ struct Writer {
     const int32_t r = request_of_token(t);
     const RequestRows rows(p, s, share, r);
     const Request& request = rows.request;
-    const int32_t i = t - request.q_begin, row = s.request_row[r];
+    const int32_t i = t - request.q_begin, row = plan.counts[kRowsPacked] + s.request_row[r];
     int32_t entry = s.request_merge[r] + i * (request.q_len > 1);
     plan.merge_indptr[t] = entry;
     plan.positions[t] = request.kv_len - request.q_len + i;
@@ -54,10 +54,10 @@ struct Writer {
   FLASHCORE_TEAM void write_uncut(int32_t uncut) const {
     const Plan& plan = p.plan;
     const int32_t i = p.split_keys == 0 ? uncut / p.num_kv_heads : find_segment(s.row_tiles, 0, num_rows, uncut);
-    const Row& row = plan.rows[i];
+    const Row row = plan.rows[i];
     const PairWork work = work_of(row, p.group);
     const FixedCuts fixed(p, row, work.units);
-    const int32_t in_row = uncut - s.row_tiles[i];
+    const int32_t in_row = uncut - tiles_before(p, s, i);
     const int32_t head = in_row / fixed.tiles, k = in_row % fixed.tiles;
     const int32_t pair = i * p.num_kv_heads + head;
 
@@ -77,7 +77,7 @@ struct Writer {
   FLASHCORE_TEAM void write_cut(int32_t cut) const {
     const Plan& plan = p.plan;
     const int32_t pair = s.cut_pair[cut], i = pair / p.num_kv_heads;
-    const Row& row = plan.rows[i];
+    const Row row = plan.rows[i];
     const PairWork work = work_of(row, p.group);
     const bool first = cut == 0 || s.cut_pair[cut - 1] != pair;
     const bool last = cut + 1 == s.cuts_upto[plan.num_ctas] || s.cut_pair[cut + 1] != pair;
