@@ -231,7 +231,7 @@ def tables(draw: st.DrawFn) -> Batch:
     )
 
 
-@settings(max_examples=10_000, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=3_000, deadline=None, suppress_health_check=list(HealthCheck))
 @given(tables())
 def test_any_tables(batch: Batch) -> None:
     check_plan(batch.plan(), batch)

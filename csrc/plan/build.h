@@ -34,12 +34,13 @@ struct CutSum {
 struct NodeRows {
   int32_t rows, length, longer;
 
-  FLASHCORE_HD NodeRows(const PlanParams& p, int32_t members) : rows(ceil_div(members, tokens_per_row(p))) {
-    length = rows > 0 ? members / rows : 0;
+  FLASHCORE_HD NodeRows(const PlanJob& p, int32_t members) : rows(ceil_div(members, p.by_row)) {
+    length = rows > 1 ? members / rows : members;
     longer = members - length * rows;
   }
   FLASHCORE_HD int32_t first(int32_t row) const { return row * length + (row < longer ? row : longer); }
   FLASHCORE_HD int32_t row_of(int32_t rank) const {
+    if (rows == 1) return 0;
     const int32_t even = longer * (length + 1);
     return rank < even ? rank / (length + 1) : longer + (rank - even) / length;
   }
@@ -60,7 +61,7 @@ struct RowSum {
 struct FixedCuts {
   int32_t split_units, tiles;
 
-  FLASHCORE_HD FixedCuts(const PlanParams& p, const Row& row, int32_t units) : split_units(units), tiles(1) {
+  FLASHCORE_HD FixedCuts(const PlanJob& p, const Row& row, int32_t units) : split_units(units), tiles(1) {
     if (p.split_keys == 0 || p.plan.qo_indptr[row.request + 1] - p.plan.qo_indptr[row.request] != 1) return;
     split_units = p.split_keys / kSplitUnit;
     tiles = ceil_div(units, split_units);
@@ -75,34 +76,34 @@ struct RequestRows {
   int32_t levels = 0;
   int32_t packed_end = 0;  // first key that is in no packed row
 
-  FLASHCORE_HD RequestRows(const PlanParams& p, const Scratch& s, bool share, int32_t r) : request(request_of(p, r)) {
+  FLASHCORE_HD RequestRows(const PlanJob& p, const Scratch& s, bool share, int32_t r) : request(request_of(p, r)) {
     if (!share) return;
     levels = s.levels[r];
     packed_end = s.packed_columns[r] * p.page_size;
   }
-  FLASHCORE_HD int32_t own_rows(const PlanParams& p) const {
+  FLASHCORE_HD int32_t own_rows(const PlanJob& p) const {
     if (request.q_len == 1) return packed_end == 0 || packed_end < request.kv_len;
-    return ceil_div(request.q_len, tokens_per_row(p));
+    return ceil_div(request.q_len, p.by_row);
   }
-  FLASHCORE_HD int32_t merge_entries(const PlanParams& p) const {
+  FLASHCORE_HD int32_t merge_entries(const PlanJob& p) const {
     return request.q_len == 1 ? levels + own_rows(p) : request.q_len;
   }
 };
 
 // Tiles of the rows before row i, as if the line were not cut.
-FLASHCORE_HD int32_t tiles_before(const PlanParams& p, const Scratch& s, int32_t i) {
+FLASHCORE_HD int32_t tiles_before(const PlanJob& p, const Scratch& s, int32_t i) {
   return p.split_keys == 0 ? i * p.num_kv_heads : s.row_tiles[i];
 }
 
 template <class Team>
 struct Builder {
-  const PlanParams& p;
-  const Scratch s;
+  const PlanJob& p;
+  const Scratch& s;
   Team& team;
   const bool share;
 
-  FLASHCORE_TEAM Builder(const PlanParams& params, Team& team)
-      : p(params), s(scratch_of(params)), team(team), share(shares_pages(params)) {}
+  FLASHCORE_TEAM Builder(const PlanJob& job, const Scratch& scratch, Team& team)
+      : p(job), s(scratch), team(team), share(shares_pages(job)) {}
 
   FLASHCORE_TEAM void build() {
     if (!fill()) give_up();
@@ -112,11 +113,12 @@ struct Builder {
   // False: the plan is larger than its buffers.
   FLASHCORE_TEAM bool fill() {
     const Plan& plan = p.plan;
+    const bool fits = batch_fits(p);
     int32_t* node_rows = share ? team.beside(s.node_row, p.batch * kMaxLevels) : nullptr;
     int32_t* request_rows = team.beside(s.request_row, p.batch + 1);
     const RequestSum whole = place_requests(node_rows, request_rows);
     const int32_t num_packed = whole.node_rows, num_rows = num_packed + whole.own_rows;
-    if (!batch_fits(p) || num_rows > plan.max_rows || whole.node_tokens > plan.max_row_tokens ||
+    if (!fits || num_rows > plan.max_rows || whole.node_tokens > plan.max_row_tokens ||
         whole.merge_entries > plan.max_merge) {
       return false;
     }
@@ -189,7 +191,7 @@ struct Builder {
           const PairWork work = work_of(row, p.group);
           const FixedCuts cuts(p, row, work.units);
           const int32_t tiles = cuts.tiles * p.num_kv_heads;
-          return RowSum{work.total() * p.num_kv_heads, ceil_div(row.kv_len, p.page_size), tiles,
+          return RowSum{work.total() * p.num_kv_heads, ceil_div(row.kv_len, p.by_page), tiles,
                         cuts.merged(row) ? tiles * work.packed : 0};
         },
         [&](int32_t i, const RowSum& before) { store(i, before, row_cost); });
@@ -256,6 +258,7 @@ struct Builder {
 
   FLASHCORE_TEAM CutSum cut_line(const Row* rows, const int64_t* row_cost, int32_t num_rows, const RowSum& sum) {
     const Line line(sum.cost, p.plan.num_ctas, p.split_keys == 0);
+    team.for_each(1, [&](int32_t) { *s.line = line; });
     Start start;
     const CutSum cuts = team.template scan<CutSum>(
         p.plan.num_ctas + 1,

@@ -41,34 +41,34 @@ struct WalkTeam {
   }
 };
 
-__global__ void __launch_bounds__(kTraceThreads, 4) trace_kernel(PlanParams p) {
+__global__ void __launch_bounds__(kTraceThreads, 4) trace_kernel(PlanJob p, Scratch s) {
   __shared__ TraceTeam::Shared shared;
   allow_dependents();
   wait_for_primary();
   TraceTeam team{{shared}};
-  trace_path(p, scratch_of(p), team, blockIdx.x);
+  trace_path(p, s, team, blockIdx.x);
 }
 
-__global__ void __launch_bounds__(kWalkThreads) walk_kernel(PlanParams p) {
+__global__ void __launch_bounds__(kWalkThreads) walk_kernel(PlanJob p, Scratch s) {
   allow_dependents();
   wait_for_primary();
   const int32_t r = (blockIdx.x * kWalkThreads + threadIdx.x) / kWarp;
-  if (r < p.batch) walk(p, scratch_of(p), WalkTeam{}, r);
+  if (r < p.batch) walk(p, s, WalkTeam{}, r);
 }
 
-__global__ void __launch_bounds__(kBuildThreads) build_kernel(PlanParams p) {
+__global__ void __launch_bounds__(kBuildThreads) build_kernel(PlanJob p, Scratch s) {
   using Team = Cta<kBuildThreads, kBuildCopyBytes>;
   __shared__ Team::Shared shared;
   allow_dependents();
   wait_for_primary();
   Team team{shared};
-  Builder<Team>(p, team).build();
+  Builder<Team>(p, s, team).build();
 }
 
-__global__ void __launch_bounds__(kWriteThreads) write_kernel(PlanParams p) {
+__global__ void __launch_bounds__(kWriteThreads) write_kernel(PlanJob p, Scratch s) {
   allow_dependents();
   wait_for_primary();
-  const Writer writer(p);
+  const Writer writer(p, s);
   // Kinds side by side: each is a chain of loads, and the chains are what takes the time.
   const int32_t kind = blockIdx.x % kWriteKinds, first = blockIdx.x / kWriteKinds * kWriteThreads + threadIdx.x;
   const auto each = [&](int32_t n, auto write) {
@@ -82,19 +82,21 @@ __global__ void __launch_bounds__(kWriteThreads) write_kernel(PlanParams p) {
 
 }  // namespace
 
-int run_plan_cuda(const PlanParams& p) {
+int run_plan_cuda(const PlanParams& params) {
+  const PlanJob p(params);
+  const Scratch s = scratch_of(p);
   const auto stream = static_cast<cudaStream_t>(p.stream);
-  if (scratch_of(p).size > p.scratch_size) return cudaErrorInvalidValue;
+  if (s.size > p.scratch_size) return cudaErrorInvalidValue;
   cudaError_t error = cudaSuccess;
-  const auto launch = [&](auto kernel, int ctas, int threads, auto... arguments) {
-    if (error == cudaSuccess) error = launch_dependent(kernel, ctas, threads, stream, arguments...);
+  const auto launch = [&](auto kernel, int ctas, int threads) {
+    if (error == cudaSuccess) error = launch_dependent(kernel, ctas, threads, stream, p, s);
   };
   if (shares_pages(p)) {
-    launch(trace_kernel, p.batch, kTraceThreads, p);
-    launch(walk_kernel, ceil_div(p.batch, kWalkThreads / kWarp), kWalkThreads, p);
+    launch(trace_kernel, p.batch, kTraceThreads);
+    launch(walk_kernel, ceil_div(p.batch, kWalkThreads / kWarp), kWalkThreads);
   }
-  launch(build_kernel, 1, kBuildThreads, p);
-  launch(write_kernel, kWriteCtas, kWriteThreads, p);
+  launch(build_kernel, 1, kBuildThreads);
+  launch(write_kernel, kWriteCtas, kWriteThreads);
   return error;
 }
 

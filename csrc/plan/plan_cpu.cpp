@@ -45,16 +45,18 @@ struct OneThread {
 
 }  // namespace
 
-int run_plan_cpu(const PlanParams& p) {
+int run_plan_cpu(const PlanParams& params) {
+  const PlanJob p(params);
+  const Scratch s = scratch_of(p);
+  if (s.size > p.scratch_size) return 1;
   OneThread team;
-  Builder<OneThread> builder(p, team);
-  if (builder.s.size > p.scratch_size) return 1;
+  Builder<OneThread> builder(p, s, team);
   if (builder.share) {
-    team.for_each(p.batch, [&](int32_t r) { trace_path(p, builder.s, team, r); });
-    team.for_each(p.batch, [&](int32_t r) { walk(p, builder.s, team, r); });
+    team.for_each(p.batch, [&](int32_t r) { trace_path(p, s, team, r); });
+    team.for_each(p.batch, [&](int32_t r) { walk(p, s, team, r); });
   }
   builder.build();
-  const Writer writer(p);
+  const Writer writer(p, s);
   team.for_each(writer.num_tokens(), [&](int32_t t) { writer.write_token(t); });
   team.for_each(writer.num_uncut(), [&](int32_t uncut) { writer.write_uncut(uncut); });
   team.for_each(writer.num_cuts(), [&](int32_t cut) { writer.write_cut(cut); });

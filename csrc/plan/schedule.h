@@ -20,6 +20,30 @@ namespace flashcore {
 
 FLASHCORE_HD int32_t ceil_div(int32_t a, int32_t b) { return (a + b - 1) / b; }
 
+// A divisor that the host knows, as a multiplication (Granlund and Montgomery, PLDI 1994): a division is 25 dependent
+// instructions, and dependent instructions are what planning takes its time for. Exact for 0 <= n < 2^31.
+struct Divisor {
+  int32_t value, shift;
+  uint32_t factor;
+
+  explicit Divisor(int32_t divisor) : value(divisor), shift(31) {
+    while (int64_t{1} << (shift - 31) < divisor) ++shift;
+    factor = static_cast<uint32_t>(((uint64_t{1} << shift) + value - 1) / value);
+  }
+  FLASHCORE_HD friend int32_t operator/(int32_t n, const Divisor& d) {
+    return static_cast<int32_t>(static_cast<uint64_t>(static_cast<uint32_t>(n)) * d.factor >> d.shift);
+  }
+};
+FLASHCORE_HD int32_t ceil_div(int32_t a, const Divisor& b) { return (a + b.value - 1) / b; }
+
+// What a plan is made from, and what follows from that alone.
+struct PlanJob : PlanParams {
+  Divisor by_page, by_row, by_head;  // page_size, tokens of a row, KV heads
+
+  explicit PlanJob(const PlanParams& p)
+      : PlanParams(p), by_page(p.page_size), by_row(p.plan.rows_per_tile / p.group), by_head(p.num_kv_heads) {}
+};
+
 // Last index i of a non-decreasing indptr with indptr[i] <= value, knowing that indptr[low] <= value < indptr[high];
 // entries that span nothing are passed over.
 template <class T>
@@ -41,44 +65,44 @@ struct Request {
   int32_t kv_len;
 };
 
-FLASHCORE_HD Request request_of(const PlanParams& p, int32_t r) {
+FLASHCORE_HD Request request_of(const PlanJob& p, int32_t r) {
   const int32_t q_begin = p.plan.qo_indptr[r], page_begin = p.plan.kv_indptr[r];
   const int32_t pages = p.plan.kv_indptr[r + 1] - page_begin;
   const int32_t kv_len = pages > 0 ? (pages - 1) * p.page_size + p.plan.last_page_len[r] : 0;
   return {q_begin, p.plan.qo_indptr[r + 1] - q_begin, page_begin, pages, kv_len};
 }
 
-FLASHCORE_HD int32_t tokens_per_row(const PlanParams& p) { return p.plan.rows_per_tile / p.group; }
+FLASHCORE_HD int32_t tokens_per_row(const PlanJob& p) { return p.by_row.value; }
 
 // Pages that the sparse row of a request of `pages` reads.
-FLASHCORE_HD int32_t sparse_pages(const PlanParams& p, int32_t pages) {
+FLASHCORE_HD int32_t sparse_pages(const PlanJob& p, int32_t pages) {
   return p.policy == Policy::topk ? topk_pages(pages, p.budget_pages, p.budget_share, p.list_pages)
                                   : p.sink_pages + p.recent_pages;
 }
 
 // Where a request's page lists start; topk has one for each KV head.
-FLASHCORE_HD int32_t list_begin(const PlanParams& p, int32_t r) {
+FLASHCORE_HD int32_t list_begin(const PlanJob& p, int32_t r) {
   return p.sparse_begin + r * p.list_pages * (p.policy == Policy::topk ? p.num_kv_heads : 1);
 }
 
 // Whether page table, page lists and tokens are inside their buffers; nothing of them may be read otherwise.
-FLASHCORE_HD bool batch_fits(const PlanParams& p) {
+FLASHCORE_HD bool batch_fits(const PlanJob& p) {
   const int32_t dense_end = p.plan.kv_indptr[p.batch];
   const int32_t lists_end = p.policy == Policy::exact ? dense_end : list_begin(p, p.batch);
   return dense_end <= p.sparse_begin && lists_end <= p.plan.max_pages && p.plan.qo_indptr[p.batch] <= p.num_tokens;
 }
 
-FLASHCORE_HD bool is_sparse(const PlanParams& p, const Request& request) {
+FLASHCORE_HD bool is_sparse(const PlanJob& p, const Request& request) {
   return p.policy != Policy::exact && request.q_len == 1 && request.pages > sparse_pages(p, request.pages);
 }
 
 // One row for the keys [begin, end) of a request's own page table; begin is a multiple of page_size.
-FLASHCORE_HD Row dense_row(const PlanParams& p, const Request& request, int32_t r, int32_t q_begin, int32_t q_count,
+FLASHCORE_HD Row dense_row(const PlanJob& p, const Request& request, int32_t r, int32_t q_begin, int32_t q_count,
                            int32_t begin, int32_t end, int32_t flags) {
   return {.q_begin = q_begin,
           .q_count = q_count,
           .flags = flags,
-          .page_begin = request.page_begin + begin / p.page_size,
+          .page_begin = request.page_begin + begin / p.by_page,
           .head_stride = 0,
           .kv_len = end > begin ? end - begin : 0,
           .kv_pos = begin,
@@ -86,20 +110,20 @@ FLASHCORE_HD Row dense_row(const PlanParams& p, const Request& request, int32_t 
 }
 
 // The row of tokens [first, first + tokens_per_row) of a request, trimmed to the keys that any of them can see.
-FLASHCORE_HD Row own_row(const PlanParams& p, const Request& request, int32_t r, int32_t first) {
+FLASHCORE_HD Row own_row(const PlanJob& p, const Request& request, int32_t r, int32_t first) {
   const int32_t left = request.q_len - first, most = tokens_per_row(p);
   const int32_t count = left < most ? left : most;
   const int32_t first_position = request.kv_len - request.q_len + first;
   int32_t begin = 0, end = request.kv_len;
   if (p.causal && first_position + count < end) end = first_position + count;
   if (p.window_left >= 0 && first_position > p.window_left) {
-    begin = (first_position - p.window_left) / p.page_size * p.page_size;
+    begin = (first_position - p.window_left) / p.by_page * p.page_size;
   }
   return dense_row(p, request, r, request.q_begin + first, count, begin, end, kSole);
 }
 
 // The row of a request that reads a page list: its position is that of the newest keys, so that masks hide none.
-FLASHCORE_HD Row sparse_row(const PlanParams& p, const Request& request, int32_t r) {
+FLASHCORE_HD Row sparse_row(const PlanJob& p, const Request& request, int32_t r) {
   const int32_t pages = sparse_pages(p, request.pages);
   const int32_t kv_len = (pages - 1) * p.page_size + p.plan.last_page_len[r];
   return {.q_begin = request.q_begin,

@@ -15,6 +15,7 @@ struct Scratch {
   int32_t* row_tiles;     // [max_rows + 1] tiles, as if the line were not cut
   int32_t* row_partials;  // [max_rows + 1] partial results, as if the line were not cut
   // Where the line is cut inside a pair.
+  Line* line;
   int32_t* cut_pair;      // [num_ctas]
   int32_t* cut_unit;      // [num_ctas] first unit behind the cut
   int32_t* cut_partials;  // [num_ctas + 1] partial results that the cuts before add
@@ -38,11 +39,11 @@ struct Scratch {
   int64_t size;         // entries in all
 };
 
-FLASHCORE_HD bool shares_pages(const PlanParams& p) {
+FLASHCORE_HD bool shares_pages(const PlanJob& p) {
   return p.share && p.split_keys == 0 && p.window_left < 0 && p.batch > 1 && tokens_per_row(p) > 1;
 }
 
-FLASHCORE_HD Scratch scratch_of(const PlanParams& p) {
+inline Scratch scratch_of(const PlanJob& p) {
   Scratch s{};
   int32_t* next = p.scratch;
   const auto take = [&](int64_t n) {
@@ -52,6 +53,7 @@ FLASHCORE_HD Scratch scratch_of(const PlanParams& p) {
   };
   const int64_t rows = static_cast<int64_t>(p.plan.max_rows) + 1, ctas = static_cast<int64_t>(p.plan.num_ctas) + 1;
   s.row_cost = reinterpret_cast<int64_t*>(take(2 * rows));
+  s.line = reinterpret_cast<Line*>(take(sizeof(Line) / sizeof(int32_t)));
   s.row_tiles = take(rows);
   s.row_partials = take(rows);
   s.cut_pair = take(ctas);

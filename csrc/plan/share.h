@@ -26,15 +26,15 @@ namespace flashcore {
 // 8 requests with 8 KV heads break even just below a prefix of 512 keys.
 constexpr int64_t kStartKeys = 24576;
 
-FLASHCORE_HD bool pays(const PlanParams& p, int32_t members, int32_t columns) {
+FLASHCORE_HD bool pays(const PlanJob& p, int32_t members, int32_t columns) {
   const int64_t saved = static_cast<int64_t>(members - 1) * columns * p.page_size * p.num_kv_heads;
   const int64_t merged = static_cast<int64_t>(members) * 2 * p.group * p.num_kv_heads;
   return saved > kStartKeys + merged;
 }
 
 // Full page columns of a request that may be packed; 0 for one that stays alone.
-FLASHCORE_HD int32_t shareable_columns(const PlanParams& p, const Request& request) {
-  return request.q_len == 1 && !is_sparse(p, request) ? request.kv_len / p.page_size : 0;
+FLASHCORE_HD int32_t shareable_columns(const PlanJob& p, const Request& request) {
+  return request.q_len == 1 && !is_sparse(p, request) ? request.kv_len / p.by_page : 0;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -42,19 +42,20 @@ FLASHCORE_HD int32_t shareable_columns(const PlanParams& p, const Request& reque
 // ---------------------------------------------------------------------------------------------------------------------
 
 template <class Team>
-FLASHCORE_TEAM void trace_path(const PlanParams& p, const Scratch& s, Team& team, int32_t r) {
+FLASHCORE_TEAM void trace_path(const PlanJob& p, const Scratch& s, Team& team, int32_t r) {
   const Request request = request_of(p, r);
   const int32_t columns = batch_fits(p) ? shareable_columns(p, request) : 0;
   const int32_t* mine = p.plan.kv_indices + request.page_begin;
   int32_t owner = -1, end = 0;  // the path so far: the request follows `owner` up to column `end`
   for (int32_t round = 0; round < kMaxLevels; ++round) {
     const int32_t fork = end;
+    const int32_t page = fork < columns ? mine[fork] : -1;
     // Lower requests than the last owner are not in its class, and so in none of those behind.
     owner = fork < columns ? owner + 1 : -1;
     while (fork < columns) {
       owner = team.template first<2>(owner, r, [&](int32_t other) {
         const Request candidate = request_of(p, other);
-        return fork < shareable_columns(p, candidate) && p.plan.kv_indices[candidate.page_begin + fork] == mine[fork];
+        return fork < shareable_columns(p, candidate) && p.plan.kv_indices[candidate.page_begin + fork] == page;
       });
       end = columns;
       if (owner == r) break;
@@ -88,7 +89,7 @@ struct Edge {
 };
 
 template <class Team>
-FLASHCORE_TEAM void walk(const PlanParams& p, const Scratch& s, const Team& team, int32_t r) {
+FLASHCORE_TEAM void walk(const PlanJob& p, const Scratch& s, const Team& team, int32_t r) {
   int32_t path_owner[kMaxLevels], path_end[kMaxLevels];
   for (int32_t round = 0; round < kMaxLevels; ++round) {
     path_owner[round] = s.path_owner[round * p.batch + r];
@@ -104,7 +105,8 @@ FLASHCORE_TEAM void walk(const PlanParams& p, const Scratch& s, const Team& team
     if (owner < 0) break;
     while (column < end && level < kMaxLevels) {
       const Edge edge = team.sum(p.batch, [&](int32_t other) {
-        return owners[other] == owner && ends[other] > column ? Edge{1, other < r, ends[other]} : Edge{};
+        const bool follows = (owners[other] == owner) & (ends[other] > column);  // &: loaded side by side
+        return follows ? Edge{1, other < r, ends[other]} : Edge{};
       });
       column = edge.end;
       if (edge.members == 1 || !pays(p, edge.members, edge.end - base)) continue;

@@ -7,13 +7,13 @@
 namespace flashcore {
 
 struct Writer {
-  const PlanParams& p;
-  const Scratch s;
+  const PlanJob& p;
+  const Scratch& s;
   const bool share;
   const int32_t num_rows;
 
-  FLASHCORE_TEAM explicit Writer(const PlanParams& params)
-      : p(params), s(scratch_of(params)), share(shares_pages(params)), num_rows(params.plan.counts[kNumRows]) {}
+  FLASHCORE_TEAM Writer(const PlanJob& job, const Scratch& scratch)
+      : p(job), s(scratch), share(shares_pages(job)), num_rows(job.plan.counts[kNumRows]) {}
 
   // How many items each function has; none of a batch that was given up.
   FLASHCORE_TEAM int32_t num_tokens() const { return given_up() ? 0 : p.num_tokens + 1; }
@@ -46,24 +46,24 @@ struct Writer {
       plan.row_tokens[s.node_token[node] + rank] = t;
       write_merge(entry++, s.node_row[node] + i_row, rank - in_node.first(i_row));
     }
-    const int32_t most = tokens_per_row(p);
-    if (rows.own_rows(p) > 0) write_merge(entry, row + i / most, i % most);
+    const int32_t i_row = i / p.by_row;
+    if (rows.own_rows(p) > 0) write_merge(entry, row + i_row, i - i_row * tokens_per_row(p));
   }
 
   // The tiles as they were if the line were not cut, each up to the first cut in it.
   FLASHCORE_TEAM void write_uncut(int32_t uncut) const {
     const Plan& plan = p.plan;
-    const int32_t i = p.split_keys == 0 ? uncut / p.num_kv_heads : find_segment(s.row_tiles, 0, num_rows, uncut);
+    const int32_t i = p.split_keys == 0 ? uncut / p.by_head : find_segment(s.row_tiles, 0, num_rows, uncut);
     const Row row = plan.rows[i];
     const PairWork work = work_of(row, p.group);
     const FixedCuts fixed(p, row, work.units);
     const int32_t in_row = uncut - tiles_before(p, s, i);
-    const int32_t head = in_row / fixed.tiles, k = in_row % fixed.tiles;
+    const int32_t head = fixed.tiles > 1 ? in_row / fixed.tiles : in_row, k = in_row - head * fixed.tiles;
     const int32_t pair = i * p.num_kv_heads + head;
 
-    const Line line(s.row_cost[num_rows], plan.num_ctas, p.split_keys == 0);
+    const Line line = *s.line;
     const int32_t cut = s.cuts_upto[line.cta_of(s.row_cost[i] + head * work.total())];
-    const bool is_cut = cut < s.cuts_upto[plan.num_ctas] && s.cut_pair[cut] == pair;
+    const bool is_cut = (cut < s.cuts_upto[plan.num_ctas]) & (s.cut_pair[cut] == pair);  // &: loaded side by side
     const bool merged = is_cut || fixed.merged(row);
     const int32_t end = (is_cut ? s.cut_unit[cut] : (k + 1) * fixed.split_units) * kSplitUnit;
     plan.tiles[uncut + cut] = {.pair = pair,
@@ -76,7 +76,7 @@ struct Writer {
   // The tile behind a cut of the line.
   FLASHCORE_TEAM void write_cut(int32_t cut) const {
     const Plan& plan = p.plan;
-    const int32_t pair = s.cut_pair[cut], i = pair / p.num_kv_heads;
+    const int32_t pair = s.cut_pair[cut], i = pair / p.by_head;
     const Row row = plan.rows[i];
     const PairWork work = work_of(row, p.group);
     const bool first = cut == 0 || s.cut_pair[cut - 1] != pair;

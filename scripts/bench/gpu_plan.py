@@ -82,7 +82,7 @@ def planner_of(case: Case, share: bool, device: str) -> Planner:
         num_pages=pages,
         num_kv_heads=8,
         group=4,
-        rows_per_tile=64,
+        rows_per_tile=128,
         num_ctas=132,
         share=share,
         page_size=PAGE_SIZE,
@@ -100,8 +100,10 @@ def check(case: Case, share: bool, on_gpu: Planner, tensors: list[torch.Tensor])
 
 def run(case: Case, repeats: int, results: Results) -> None:
     pages = case.pages()
-    slots = (pages.repeat_interleave(PAGE_SIZE, 1) * PAGE_SIZE).int()
-    slots += torch.arange(PAGE_SIZE, dtype=torch.int32).repeat(case.columns)
+    keys = case.columns * PAGE_SIZE
+    slots = torch.zeros(case.batch, keys + 4, dtype=torch.int32)  # SGLang's rows are 4 longer than the context
+    slots[:, :keys] = (pages.repeat_interleave(PAGE_SIZE, 1) * PAGE_SIZE).int()
+    slots[:, :keys] += torch.arange(PAGE_SIZE, dtype=torch.int32).repeat(case.columns)
     tensors = [slots, torch.arange(case.batch), torch.full((case.batch,), case.context)]
     on_device = [tensor.cuda() for tensor in tensors]
     for share in (False, True):
