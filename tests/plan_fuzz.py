@@ -152,8 +152,8 @@ def check(case: Attended, variant: str, device: str) -> bool:
     check_plan(plan, case.batch)
     out, lse = attend(case, plan, variant)
     expected, spread, expected_lse = truth(case, device)
-    # P and out are rounded to bf16, 2^-9 of them each; the rest is fp32.
-    wrong = (out.float() - expected).abs() > (2**-8 + 2**-14) * spread
+    # P and out are rounded to bf16, by 2^-8 of them at most; the rest is fp32.
+    wrong = (out.float() - expected).abs() > (2**-7 + 2**-14) * spread
     assert not wrong.any(), f"out differs from the truth, or is NaN, at {wrong.nonzero()[:4].tolist()}"
     assert not out.isnan().any(), f"out is not written at {out.isnan().nonzero()[:4].tolist()}"
     torch.testing.assert_close(lse, expected_lse, rtol=2**-16, atol=2**-16 * case.head_dim**0.5)

@@ -14,8 +14,8 @@ struct Scratch {
   int64_t* row_cost;      // [max_rows + 1] work on the line
   int32_t* row_tiles;     // [max_rows + 1] tiles, as if the line were not cut
   int32_t* row_partials;  // [max_rows + 1] partial results, as if the line were not cut
-  // Where the line is cut inside a pair.
   Line* line;
+  // Where the line is cut inside a pair.
   int32_t* cut_pair;      // [num_ctas]
   int32_t* cut_unit;      // [num_ctas] first unit behind the cut
   int32_t* cut_partials;  // [num_ctas + 1] partial results that the cuts before add
