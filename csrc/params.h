@@ -72,7 +72,7 @@ struct Plan {
   int32_t max_pages, max_rows, max_row_tokens, max_tiles, max_merge, max_partials;
 };
 
-// From SGLang's req_to_token to a CSR page table. The slots of a page follow each other: slot = page * page_size + offset.
+// From SGLang's req_to_token to a CSR page table. The slots of a page follow each other: page * page_size + offset.
 struct PageTableParams {
   const int32_t* req_to_token;      // [max_requests, req_to_token_stride]
   const int64_t* req_pool_indices;  // [batch]
