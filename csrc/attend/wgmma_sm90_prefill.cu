@@ -15,7 +15,7 @@ cudaError_t launch_head_dim(const AttendParams& p) {
     case 64:
       return launch<Traits<T, 64, 3, 128, 4, 2, true, kSoftCap>>(p);
     case 128:
-      return launch<Traits<T, 128, 2, 128, 2, 1, true, kSoftCap>>(p);
+      return launch<Traits<T, 128, 2, 128, 2, 2, true, kSoftCap>>(p);
     case 256:
       return launch<Traits<T, 256, 2, 64, 2, 1, true, kSoftCap>>(p);
     default:

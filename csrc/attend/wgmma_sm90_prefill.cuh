@@ -6,7 +6,8 @@
 // Block: one producer warpgroup (its warps share the TMA boxes, one a page) and kConsumers warpgroups of 64 queries.
 // Smem:  kQueryBuffers tiles of Q, rings of kStages blocks of K and of V, all under the 128-byte swizzle.
 // Maths: S of block n - 1 and O += P V of block n run on the tensor cores; the softmax of block n - 1 waits for S
-//        only; P stays in registers. O is rescaled only when a row's maximum has grown by more than 2^8.
+//        only; P stays in registers. O is rescaled only when a row's maximum has grown by more than 2^8. The last P V
+//        of a tile runs beside the first Q K^T of the next one: the pipeline never drains between tiles.
 // After: FlashAttention-3 (Shah et al., 2024) for the warp specialisation, the overlap inside a warpgroup and the order
 //        between warpgroups; FlashAttention-4 for the conditional rescale; FlashInfer (Ye et al., 2025) for CSR rows.
 #pragma once
@@ -20,12 +21,15 @@ namespace flashcore::prefill {
 
 // --- Consumers -------------------------------------------------------------------------------------------------------
 
+// The same in all lanes anyway; reduced, the compiler knows it, and keeps ring stages and descriptors in uniform
+// registers.
+__device__ __forceinline__ int uniform(int x) { return __reduce_max_sync(0xffffffff, x); }
+
 template <typename Tr>
 __device__ void consume(const AttendParams& p, Shared<Tr>& smem) {
   using T = typename Tr::T;
   constexpr int kBlockKeys = Tr::kBlockKeys;
   constexpr int kHeadDim = Tr::kHeadDim;
-  const Plan& plan = p.plan;
   // From lane 0: the compiler then knows it is the same in the warp and keeps descriptors in uniform registers.
   const int consumer = __shfl_sync(0xffffffff, threadIdx.x / 128, 0) - 1;
   const int lane = threadIdx.x % 32;
@@ -34,7 +38,19 @@ __device__ void consume(const AttendParams& p, Shared<Tr>& smem) {
   // With a soft cap the logits are already scaled when softmax sees them.
   const float softmax_scale = Tr::kSoftCap ? kLog2E : log2_scale;
   constexpr int kStages = Tr::kStages;
-  uint32_t use = 0;  // of the rings, the block whose V is next
+
+  float s[kBlockKeys / 2], o[kHeadDim / 2];
+  uint32_t probabilities[kBlockKeys / 4];
+  float factor[2];
+  RowState rows;
+  // A tile stays open, its last block's P V not yet issued, until S of the next tile's first block is under way.
+  bool open = false;
+#pragma unroll
+  for (int i = 0; i < kHeadDim / 2; ++i) o[i] = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kBlockKeys / 4; ++i) probabilities[i] = 0;
+  Output output;
+  uint32_t use = ~0u;  // of the rings: the last block whose P is made
 
   const auto turn_wait = [&] {
     if constexpr (Tr::kOrdered) named_barrier_sync(kOrderBarrier + consumer, 256);
@@ -45,23 +61,53 @@ __device__ void consume(const AttendParams& p, Shared<Tr>& smem) {
   const auto release = [&](Mbarrier& empty) {
     if (lane == 0) mbarrier_arrive(&empty);
   };
+  const auto hand_back = [&](int count) {
+    for (int i = 0; i < count; ++i) {
+      const uint32_t stage = stage_of<kStages>(use + 1 + i), parity = parity_of<kStages>(use + 1 + i);
+      turn_wait();
+      turn_pass();
+      mbarrier_wait(&smem.k_full[stage], parity);
+      release(smem.k_empty[stage]);
+      mbarrier_wait(&smem.v_full[stage], parity);
+      release(smem.v_empty[stage]);
+    }
+  };
+  const auto begin_pv = [&] {
+    if (open) mbarrier_wait(&smem.v_full[stage_of<kStages>(use)], parity_of<kStages>(use));
+    wgmma_fence();
+    issue_pv<Tr>(o, probabilities, wgmma_descriptor(smem.v[stage_of<kStages>(use)], kBlockKeys * 128));
+  };
+  const auto pack_p = [&] {
+#pragma unroll
+    for (int i = 0; i < kBlockKeys / 4; ++i) probabilities[i] = pack2<T>(s[2 * i], s[2 * i + 1]);
+  };
+  const auto close = [&] {
+    begin_pv();
+    wgmma_wait<0>();
+    wgmma_pin(o);
+    release(smem.v_empty[stage_of<kStages>(use)]);
+    write_output<Tr>(p, o, output);
+  };
   if (consumer == Tr::kConsumers - 1) turn_pass();
 
   for (uint32_t tiles = 0;; ++tiles) {
     const uint32_t buffer = stage_of<Tr::kQueryBuffers>(tiles);
     mbarrier_wait(&smem.q_full[buffer], parity_of<Tr::kQueryBuffers>(tiles));
     const Job& job = smem.jobs[buffer];
-    const int blocks = job.blocks;
-    if (blocks == kNoMoreJobs) return;
-    const int kv_begin = job.kv_begin;
+    const int blocks = uniform(job.blocks);
+    if (blocks == kNoMoreJobs) break;
+    const bool idle = consumer * 64 >= uniform(job.q_count * group);  // the row is too short for this warpgroup
+    if (blocks == 0 || idle) {
+      if (open) close();
+      open = false;
+      hand_back(blocks);
+      use += blocks;
+      if (!idle) write_nothing<Tr>(p, locate_output(p.plan, job, consumer, group, p.num_qo_heads));
+      mbarrier_arrive(&smem.q_empty[buffer]);
+      continue;
+    }
+    const int kv_begin = uniform(job.kv_begin);
     const int tail = (job.kv_end - kv_begin) - (blocks - 1) * kBlockKeys;  // keys of the last block
-    const bool partial = job.partial >= 0;
-
-    float s[kBlockKeys / 2], o[kHeadDim / 2];
-    uint32_t probabilities[kBlockKeys / 4];
-    float factor[2];
-#pragma unroll
-    for (float& x : o) x = 0.0f;
 
     const uint64_t q = wgmma_descriptor(smem.q[buffer][0][consumer * 64]);
     const auto begin_qk = [&](uint32_t k_use) {
@@ -69,39 +115,8 @@ __device__ void consume(const AttendParams& p, Shared<Tr>& smem) {
       wgmma_fence();
       issue_qk<Tr>(s, q, wgmma_descriptor(smem.k[stage_of<kStages>(k_use)]));
     };
-    const auto begin_pv = [&] {
-      mbarrier_wait(&smem.v_full[stage_of<kStages>(use)], parity_of<kStages>(use));
-      wgmma_fence();
-      issue_pv<Tr>(o, probabilities, wgmma_descriptor(smem.v[stage_of<kStages>(use)], kBlockKeys * 128));
-    };
-
-    // What this thread's two rows see and where their output goes. Blocks inside [first_of_all, last_of_all] need no
-    // mask in this warp.
-    RowState rows;
-    int out_row[2];  // of partial_o when partial, else of out; -1: a packed query beyond the row
+    // Blocks inside [first_of_all, last_of_all] need no mask in this warp.
     int first_of_all, last_of_all;
-    const auto locate_rows = [&] {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int query = threadIdx.x % 128 / 32 * 16 + consumer * 64 + lane / 4 + 8 * i;
-        const int index = query / group;
-        rows.first[i] = kv_begin;
-        rows.last[i] = job.kv_end - 1;
-        rows.reference[i] = -INFINITY;
-        rows.sum[i] = 0.0f;
-        out_row[i] = -1;
-        if (index < job.q_count) {
-          const int token = job.packed ? plan.row_tokens[job.q_begin + index] : job.q_begin + index;
-          const int head = job.kv_head * group + query - index * group;
-          out_row[i] = partial ? job.partial + query : token * p.num_qo_heads + head;
-          const int position = job.packed ? plan.positions[token] - job.kv_pos : job.position + index;
-          if (p.causal) rows.last[i] = min(rows.last[i], position);
-          if (p.window_left >= 0) rows.first[i] = max(rows.first[i], position - p.window_left);
-        }
-      }
-      first_of_all = __reduce_max_sync(0xffffffff, max(rows.first[0], rows.first[1]));
-      last_of_all = __reduce_min_sync(0xffffffff, min(rows.last[0], rows.last[1]));
-    };
     // `begin`: the block's first key.
     const auto logits_to_p = [&](int begin) {
       if constexpr (Tr::kSoftCap) {
@@ -113,69 +128,65 @@ __device__ void consume(const AttendParams& p, Shared<Tr>& smem) {
       if (begin < first_of_all) mask<true>(s, rows, begin);
       return softmax<Tr>(s, rows, softmax_scale, factor);
     };
-    const auto pack_p = [&] {
-#pragma unroll
-      for (int i = 0; i < kBlockKeys / 4; ++i) probabilities[i] = pack2<T>(s[2 * i], s[2 * i + 1]);
-    };
 
-    if (blocks > 0) {
-      // Blocks at the end that none of this warpgroup's queries sees are handed back unread.
-      int skipped = 0;
-      if (p.causal && !job.packed) {
-        const int last = job.position + min(job.q_count - 1, (64 * consumer + 63) / group);
-        // Equal in all lanes anyway; reduced, the compiler knows, and keeps ring stages in uniform registers.
-        skipped = __reduce_max_sync(0xffffffff, blocks - 1 - min(max(last - kv_begin, 0) / kBlockKeys, blocks - 1));
-        if (skipped > 0) clear_tail<Tr>(smem, use, tail, consumer);
-        for (int i = 0; i < skipped; ++i, ++use) {
-          turn_wait();
-          turn_pass();
-          mbarrier_wait(&smem.k_full[stage_of<kStages>(use)], parity_of<kStages>(use));
-          release(smem.k_empty[stage_of<kStages>(use)]);
-          mbarrier_wait(&smem.v_full[stage_of<kStages>(use)], parity_of<kStages>(use));
-          release(smem.v_empty[stage_of<kStages>(use)]);
-        }
-      }
-      int begin = kv_begin + (blocks - 1 - skipped) * kBlockKeys;
-      begin_qk(use);
-      locate_rows();
-      wgmma_wait<0>();
-      wgmma_pin(s);
-      release(smem.k_empty[stage_of<kStages>(use)]);
-      logits_to_p(begin);
-      pack_p();
-      if (skipped == 0) clear_tail<Tr>(smem, use, tail, consumer);
-
-      for (begin -= kBlockKeys; begin >= kv_begin; begin -= kBlockKeys, ++use) {
-        turn_wait();
-        begin_qk(use + 1);
-        begin_pv();
-        turn_pass();
-        wgmma_wait<1>();
-        wgmma_pin(s);
-        release(smem.k_empty[stage_of<kStages>(use + 1)]);
-        const bool moved = logits_to_p(begin);
-        wgmma_wait<0>();
-        wgmma_pin(o);
-        wgmma_pin(s);  // packing it any earlier would need a second set of registers for P
-        release(smem.v_empty[stage_of<kStages>(use)]);
-        if (moved) {
+    // A block at the end that none of this warpgroup's queries sees is handed back unread; there is one at most.
+    int skipped = 0;
+    if (p.causal && !job.packed) {
+      const int last = job.position + min(job.q_count - 1, (64 * consumer + 63) / group);
+      skipped = uniform(blocks - 1 - min(max(last - kv_begin, 0) / kBlockKeys, blocks - 1));
+      hand_back(skipped);
+    }
+    int begin = kv_begin + (blocks - 1 - skipped) * kBlockKeys;
+    const uint32_t first_use = use + 1 + skipped;
+    turn_wait();
+    begin_qk(first_use);
+    begin_pv();  // with no tile open its result is dropped: a matmul under a condition would not overlap
+    turn_pass();
+    locate_rows(p, job, consumer, group, rows);
+    first_of_all = __reduce_max_sync(0xffffffff, max(rows.first[0], rows.first[1]));
+    last_of_all = __reduce_min_sync(0xffffffff, min(rows.last[0], rows.last[1]));
+    wgmma_wait<1>();
+    wgmma_pin(s);
+    release(smem.k_empty[stage_of<kStages>(first_use)]);
+    logits_to_p(begin);
+    wgmma_wait<0>();
+    wgmma_pin(o);
+    wgmma_pin(s);
+    if (open) {
+      release(smem.v_empty[stage_of<kStages>(use)]);
+      write_output<Tr>(p, o, output);
+    }
+    open = true;
+    use = first_use;
 #pragma unroll
-          for (int i = 0; i < kHeadDim / 2; ++i) o[i] *= factor[i / 2 % 2];
-        }
-        pack_p();
-      }
-      mbarrier_arrive(&smem.q_empty[buffer]);
+    for (int i = 0; i < kHeadDim / 2; ++i) o[i] = 0.0f;
+    pack_p();
+    if (skipped == 0) clear_tail<Tr>(smem, use, tail, consumer);
+
+    for (begin -= kBlockKeys; begin >= kv_begin; begin -= kBlockKeys, ++use) {
+      turn_wait();
+      begin_qk(use + 1);
       begin_pv();
+      turn_pass();
+      wgmma_wait<1>();
+      wgmma_pin(s);
+      release(smem.k_empty[stage_of<kStages>(use + 1)]);
+      const bool moved = logits_to_p(begin);
       wgmma_wait<0>();
       wgmma_pin(o);
+      wgmma_pin(s);  // packing it any earlier would need a second set of registers for P
       release(smem.v_empty[stage_of<kStages>(use)]);
-      ++use;
-    } else {
-      locate_rows();
-      mbarrier_arrive(&smem.q_empty[buffer]);
+      if (moved) {
+#pragma unroll
+        for (int i = 0; i < kHeadDim / 2; ++i) o[i] *= factor[i / 2 % 2];
+      }
+      pack_p();
     }
-    write_output<Tr>(p, o, rows, out_row, partial, softmax_scale);
+    output = locate_output(p.plan, job, consumer, group, p.num_qo_heads);
+    mbarrier_arrive(&smem.q_empty[buffer]);
+    finish_rows(p, rows, softmax_scale, output);
   }
+  if (open) close();
 }
 
 // --- Kernel ----------------------------------------------------------------------------------------------------------

@@ -9,9 +9,9 @@ namespace flashcore::prefill {
 // --- Which tile next -------------------------------------------------------------------------------------------------
 
 // Many (row, KV head) pairs: CTAs take pairs from a shared cursor, a head's rows from the last to the first, and run
-// the tiles of a pair one after another. Longest first under a causal mask, so the CTAs end together; and CTAs that run
-// together are near in the same keys, which L2 then serves. Few pairs: CTA c runs the plan's tiles of CTA c, where long
-// rows are cut so that all have work.
+// the tiles of a pair one after another. Longest first under a causal mask, so that the CTAs end together; and CTAs
+// that run together are near in the same keys, which L2 then serves. Few pairs: CTA c runs the plan's tiles of CTA c,
+// where long rows are cut so that all have work.
 class TileSchedule {
  public:
   __device__ explicit TileSchedule(const AttendParams& p) : p_(p), range_(blockIdx.x), next_pair_(blockIdx.x) {
@@ -51,12 +51,33 @@ class TileSchedule {
     if (threadIdx.x % 32 == 0) {
       next_pair_ = gridDim.x + atomicInc(reinterpret_cast<unsigned*>(p_.plan.counts + kNextTile), num_pairs() - 1);
     }
-    const int num_rows = p_.plan.counts[kNumRows];
-    const int head = rank / num_rows;
-    const int row = num_rows - 1 - (rank - head * num_rows);
+    const auto [row, head] = locate(rank);
     tile_ = p_.plan.tile_indptr[row * p_.num_kv_heads + head];
     end_ = p_.plan.tile_indptr[row * p_.num_kv_heads + head + 1];
     return true;
+  }
+
+  struct RowAndHead {
+    int row, head;
+  };
+
+  // Head by head, a head's rows from the last to the first. Where requests are equally many rows long, the last heads
+  // are taken together, the last rows of all their requests first: else a last row taken late keeps its CTA busy at the
+  // end.
+  __device__ RowAndHead locate(int rank) const {
+    const int num_rows = p_.plan.counts[kNumRows];
+    const int num_heads = p_.num_kv_heads;
+    const int last_heads = min(num_heads, (kPairsPerCta * static_cast<int>(gridDim.x) + num_rows - 1) / num_rows);
+    const int head = rank / num_rows, from_last = rank - head * num_rows;
+    const int request_rows = num_rows / p_.batch;
+    if (head < num_heads - last_heads || request_rows * p_.batch != num_rows ||
+        p_.plan.rows[num_rows - request_rows].request != p_.batch - 1) {
+      return {num_rows - 1 - from_last, head};
+    }
+    const int index = rank - (num_heads - last_heads) * num_rows;
+    const int round = index / (last_heads * p_.batch), list = index - round * last_heads * p_.batch;
+    const int request = list / last_heads;
+    return {request * request_rows + request_rows - 1 - round, num_heads - last_heads + list - request * last_heads};
   }
 
   const AttendParams& p_;

@@ -39,6 +39,30 @@ struct RowState {
   float sum[2];               // of this thread's columns
 };
 
+// Packed query i (0 or 1) of this thread.
+__device__ __forceinline__ int query_of(int consumer, int i) {
+  return threadIdx.x % 128 / 32 * 16 + consumer * 64 + threadIdx.x % 32 / 4 + 8 * i;
+}
+
+// What the thread's rows see of a tile, with nothing seen yet.
+__device__ __forceinline__ void locate_rows(const AttendParams& p, const Job& job, int consumer, int group,
+                                            RowState& rows) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int index = query_of(consumer, i) / group;
+    rows.first[i] = job.kv_begin;
+    rows.last[i] = job.kv_end - 1;
+    rows.reference[i] = -INFINITY;
+    rows.sum[i] = 0.0f;
+    if (index < job.q_count && (p.causal || p.window_left >= 0)) {
+      const int position =
+          job.packed ? p.plan.positions[p.plan.row_tokens[job.q_begin + index]] - job.kv_pos : job.position + index;
+      if (p.causal) rows.last[i] = min(rows.last[i], position);
+      if (p.window_left >= 0) rows.first[i] = max(rows.first[i], position - p.window_left);
+    }
+  }
+}
+
 // Sets the logits of keys before `first` (kBefore) or after `last` of their row to -inf. `begin`: the block's first
 // key.
 template <bool kBefore, int kElements>
@@ -57,12 +81,29 @@ __device__ __forceinline__ void mask(float (&s)[kElements], const RowState& rows
   }
 }
 
-// Turns logits into P relative to the row's reference. Returns whether the reference moved; then O * factor[i] is due.
-template <typename Tr>
-__device__ __forceinline__ bool softmax(float (&s)[Tr::kBlockKeys / 2], RowState& rows, float scale_log2,
-                                        float (&factor)[2]) {
-  constexpr int kElements = Tr::kBlockKeys / 2;
-  float maximum[2];
+// Exchanges with the three other lanes that hold the same row.
+template <typename T>
+__device__ __forceinline__ T quad_max(T x) {
+  x = max(x, __shfl_xor_sync(0xffffffff, x, 1));
+  return max(x, __shfl_xor_sync(0xffffffff, x, 2));
+}
+
+// The largest logit of each row, or any logit that does not exceed the row's reference if none does. A largest logit
+// that is not negative has the largest bits, too, compared as integers, of which the hardware takes three at a time.
+template <int kElements>
+__device__ __forceinline__ void row_maxima(const float (&s)[kElements], const RowState& rows, float (&maximum)[2]) {
+  bool unordered = false;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    int32_t bits[2] = {__float_as_int(s[2 * i]), __float_as_int(s[2 * i + 1])};
+#pragma unroll
+    for (int j = 1; j < kElements / 4; ++j) {
+      bits[j % 2] = __vimax3_s32(bits[j % 2], __float_as_int(s[4 * j + 2 * i]), __float_as_int(s[4 * j + 2 * i + 1]));
+    }
+    maximum[i] = __int_as_float(quad_max(max(bits[0], bits[1])));
+    unordered |= __float_as_int(maximum[i]) < 0 && rows.reference[i] < 0.0f;
+  }
+  if (!__any_sync(0xffffffff, unordered)) return;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     float even = s[2 * i], odd = s[2 * i + 1];
@@ -71,10 +112,17 @@ __device__ __forceinline__ bool softmax(float (&s)[Tr::kBlockKeys / 2], RowState
       even = fmaxf(even, s[4 * j + 2 * i]);
       odd = fmaxf(odd, s[4 * j + 2 * i + 1]);
     }
-    maximum[i] = fmaxf(even, odd);
-    maximum[i] = fmaxf(maximum[i], __shfl_xor_sync(0xffffffff, maximum[i], 1));
-    maximum[i] = fmaxf(maximum[i], __shfl_xor_sync(0xffffffff, maximum[i], 2));
+    maximum[i] = quad_max(fmaxf(even, odd));
   }
+}
+
+// Turns logits into P relative to the row's reference. Returns whether the reference moved; then O * factor[i] is due.
+template <typename Tr>
+__device__ __forceinline__ bool softmax(float (&s)[Tr::kBlockKeys / 2], RowState& rows, float scale_log2,
+                                        float (&factor)[2]) {
+  constexpr int kElements = Tr::kBlockKeys / 2;
+  float maximum[2];
+  row_maxima(s, rows, maximum);
   // With no key seen yet the reference is -inf: any finite maximum exceeds it; -inf - -inf is NaN and compares false.
   const bool grown = (maximum[0] - rows.reference[0]) * scale_log2 > Tr::kRescaleLog2 ||
                      (maximum[1] - rows.reference[1]) * scale_log2 > Tr::kRescaleLog2;
@@ -138,25 +186,56 @@ __device__ __forceinline__ void clear_tail(Shared<Tr>& smem, uint32_t use, int t
   named_barrier_sync(kTailBarrier + consumer, 128);
 }
 
-// O / sum and the LSE of a thread's two rows.
-template <typename Tr>
-__device__ __forceinline__ void write_output(const AttendParams& p, const float (&o)[Tr::kHeadDim / 2],
-                                             const RowState& rows, const int (&out_row)[2], bool partial,
-                                             float softmax_scale) {
-  using T = typename Tr::T;
-  const int quad = threadIdx.x % 4;
+// Where the output of a thread's two rows goes.
+struct Output {
+  float inverse[2];  // 1 / sum of the row
+  int32_t row[2];    // of partial_o when partial, else of out; -1: a packed query beyond the row
+  bool partial;
+};
+
+__device__ __forceinline__ Output locate_output(const Plan& plan, const Job& job, int consumer, int group,
+                                                int num_qo_heads) {
+  Output output;
+  output.partial = job.partial >= 0;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int query = query_of(consumer, i), index = query / group;
+    output.row[i] = -1;
+    if (index >= job.q_count) continue;
+    const int token = job.packed ? plan.row_tokens[job.q_begin + index] : job.q_begin + index;
+    output.row[i] =
+        output.partial ? job.partial + query : token * num_qo_heads + job.kv_head * group + query - index * group;
+  }
+  return output;
+}
+
+// The sums of the thread's rows are complete: writes the LSE, and keeps what O is to be multiplied with.
+__device__ __forceinline__ void finish_rows(const AttendParams& p, const RowState& rows, float softmax_scale,
+                                            Output& output) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     float sum = rows.sum[i];
     sum += __shfl_xor_sync(0xffffffff, sum, 1);
     sum += __shfl_xor_sync(0xffffffff, sum, 2);
-    const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
-    const float lse = sum == 0.0f ? -INFINITY : rows.reference[i] * softmax_scale + log2f(sum);
-    const bool valid = out_row[i] >= 0;
-    const int64_t element = static_cast<int64_t>(out_row[i]) * Tr::kHeadDim;
-    float* const lse_out = partial ? p.partial_lse : p.lse;
-    if (valid && quad == 0 && lse_out != nullptr) lse_out[out_row[i]] = lse;
-    if (partial) {
+    output.inverse[i] = sum == 0.0f ? 0.0f : 1.0f / sum;
+    float* const lse = output.partial ? p.partial_lse : p.lse;
+    if (output.row[i] >= 0 && threadIdx.x % 4 == 0 && lse != nullptr) {
+      lse[output.row[i]] = sum == 0.0f ? -INFINITY : rows.reference[i] * softmax_scale + log2f(sum);
+    }
+  }
+}
+
+template <typename Tr>
+__device__ __forceinline__ void write_output(const AttendParams& p, const float (&o)[Tr::kHeadDim / 2],
+                                             const Output& output) {
+  using T = typename Tr::T;
+  const int quad = threadIdx.x % 4;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const float inverse = output.inverse[i];
+    const bool valid = output.row[i] >= 0;
+    const int64_t element = static_cast<int64_t>(output.row[i]) * Tr::kHeadDim;
+    if (output.partial) {
       float2* const out = reinterpret_cast<float2*>(p.partial_o + element) + quad;
 #pragma unroll
       for (int j = 0; j < Tr::kHeadDim / 8; ++j) {
@@ -176,6 +255,24 @@ __device__ __forceinline__ void write_output(const AttendParams& p, const float 
         if (valid) out[4 * j] = uint4{words[0], words[1], words[2], words[3]};
       }
     }
+  }
+}
+
+// The output of rows without keys: zeros, and an LSE of -inf.
+template <typename Tr>
+__device__ __forceinline__ void write_nothing(const AttendParams& p, const Output& output) {
+  const int quad = threadIdx.x % 4;
+  float* const lse = output.partial ? p.partial_lse : p.lse;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    if (output.row[i] < 0) continue;
+    if (quad == 0 && lse != nullptr) lse[output.row[i]] = -INFINITY;
+    const int64_t element = static_cast<int64_t>(output.row[i]) * Tr::kHeadDim;
+    const int bytes = Tr::kHeadDim * (output.partial ? sizeof(float) : sizeof(typename Tr::T));
+    void* const out = output.partial ? static_cast<void*>(p.partial_o + element)
+                                     : static_cast<void*>(static_cast<typename Tr::T*>(p.out) + element);
+#pragma unroll 1
+    for (int chunk = quad; chunk < bytes / 16; chunk += 4) static_cast<uint4*>(out)[chunk] = uint4{0, 0, 0, 0};
   }
 }
 

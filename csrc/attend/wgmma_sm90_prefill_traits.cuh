@@ -14,7 +14,7 @@ template <typename T_, int kHeadDim_, int kConsumers_, int kBlockKeys_, int kSta
 struct Traits {
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr int kConsumers = kConsumers_;  // warpgroups of 64 queries
+  static constexpr int kConsumers = kConsumers_;  // warpgroups of 64 queries; 2 or 3
   static constexpr int kBlockKeys = kBlockKeys_;  // keys of one step
   static constexpr int kStages = kStages_;
   static constexpr int kQueryBuffers = kQueryBuffers_;
@@ -24,8 +24,8 @@ struct Traits {
   static constexpr int kRows = 64 * kConsumers;
   static constexpr int kSlabs = kHeadDim / kSlab;
   static constexpr int kThreads = 128 * (kConsumers + 1);
-  static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : kConsumers == 3 ? 32 : 24;
-  static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : kConsumers == 3 ? 160 : 120;
+  static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
+  static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
   static constexpr uint32_t kQueryBytes = kRows * kHeadDim * sizeof(T);
   static constexpr uint32_t kBlockBytes = kBlockKeys * kHeadDim * sizeof(T);
   static constexpr float kRescaleLog2 = 8.0f;  // P stays below 2^8, well inside fp16
