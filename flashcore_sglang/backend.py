@@ -230,8 +230,8 @@ class FlashcoreBackend(AttentionBackend):
             k_cache,
             v_cache,
             plan.tensors(),
-            phase.partial_o,
-            phase.partial_lse,
+            phase.partial_o[: plan.max_partials],
+            phase.partial_lse[: plan.max_partials],
             out[:used],
             None,
             rows_per_tile=phase.choice.tiling.rows_per_tile,
@@ -290,6 +290,7 @@ class FlashcoreBackend(AttentionBackend):
             group=self.num_qo_heads // self.num_kv_heads,
             rows_per_tile=choice.tiling.rows_per_tile,
             num_ctas=choice.num_ctas,
+            pairs_per_cta=choice.tiling.pairs_per_cta,
             page_size=self.page_size,
             split_keys=self.options.split_keys,
         )

@@ -154,7 +154,7 @@ def attend(
         q: ``[tokens, heads, head_dim]`` bf16, fp16 or (CPU) fp32, last dimension contiguous.
         k_cache, v_cache: ``[pages, page_size, kv_heads, head_dim]``, dtype of q, last dimension contiguous.
         plan: ``Plan.tensors()`` as the plan op left them.
-        partial_o: scratch, fp32 ``[max_partials, head_dim]``.
+        partial_o: scratch, fp32 ``[max_partials, head_dim]``; with no rows, for a plan without cuts, nothing is merged.
         partial_lse: scratch, fp32 ``[max_partials]``.
         out: as q, contiguous; zero where a query sees no key.
         lse: fp32 ``[tokens, heads]`` base 2, -inf where a query sees no key; or None.

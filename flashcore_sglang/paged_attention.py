@@ -192,6 +192,7 @@ class PagedAttention:
             group=num_qo_heads // num_kv_heads,
             rows_per_tile=choice.tiling.rows_per_tile,
             num_ctas=choice.num_ctas,
+            pairs_per_cta=choice.tiling.pairs_per_cta,
             share=options.share,
             page_size=page_size,
             split_keys=options.split_keys,
@@ -266,13 +267,14 @@ class PagedAttention:
         self._captured = self._captured or (q.is_cuda and torch.cuda.is_current_stream_capturing())
         if layout.options.policy is Policy.TOPK:
             self._planner.after_store(0, k_cache, self._first_page[: self._planner.plan.batch])
+        plan = self._planner.for_layer(0, q, k_cache)
         ops.attend(
             q,
             k_cache,
             v_cache,
-            self._planner.for_layer(0, q, k_cache).tensors(),
-            self._partial_o,
-            self._partial_lse,
+            plan.tensors(),
+            self._partial_o[: plan.max_partials],
+            self._partial_lse[: plan.max_partials],
             out,
             lse,
             rows_per_tile=capacity.rows_per_tile,

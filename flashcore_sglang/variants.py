@@ -31,10 +31,13 @@ class Tiling:
     Attributes:
         rows_per_tile: packed queries (token x head in group) of a tile.
         ctas_per_sm: persistent CTAs on each SM; CPU: threads on each core.
+        pairs_per_cta: with so many (row, KV head) pairs for each CTA the kernel deals out whole pairs by itself, and
+            plans need no cuts; 0: it runs the tiles of a plan as they were dealt.
     """
 
     rows_per_tile: int
     ctas_per_sm: int
+    pairs_per_cta: int = 0
 
 
 @dataclass(frozen=True)
@@ -83,9 +86,8 @@ VARIANTS = (
         page_sizes=(16, 32, 64, 128),  # a TMA box is one page of a KV head
         decode=dict.fromkeys((64, 128), Tiling(rows_per_tile=128, ctas_per_sm=2)),
         prefill={
-            64: Tiling(rows_per_tile=192, ctas_per_sm=1),  # three consumer warpgroups
-            128: Tiling(rows_per_tile=128, ctas_per_sm=1),
-            256: Tiling(rows_per_tile=128, ctas_per_sm=1),
+            64: Tiling(rows_per_tile=192, ctas_per_sm=1, pairs_per_cta=4),  # three consumer warpgroups
+            **dict.fromkeys((128, 256), Tiling(rows_per_tile=128, ctas_per_sm=1, pairs_per_cta=4)),
         },
     ),
     Variant(

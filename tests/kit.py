@@ -16,7 +16,13 @@ from flashcore_sglang.planner.plan import ROW_FIELDS
 
 
 def make_plan(
-    problem: Problem, *, rows_per_tile: int = 32, num_ctas: int = 3, share: bool = True, split_keys: int = 0
+    problem: Problem,
+    *,
+    rows_per_tile: int = 32,
+    num_ctas: int = 3,
+    share: bool = True,
+    split_keys: int = 0,
+    pairs_per_cta: int = 0,
 ) -> Plan:
     """The planner's plan of policy exact, on the device of the problem."""
     case = problem.case
@@ -33,6 +39,7 @@ def make_plan(
         share=share,
         page_size=case.page_size,
         split_keys=split_keys,
+        pairs_per_cta=pairs_per_cta,
     )
     planner = make_planner(options, capacity, problem.q.device)
     qo_indptr = None if case.decode else problem.qo_indptr
@@ -109,7 +116,7 @@ def attend(
         scratch.plan(matmuls(case))
         workspace = scratch.tensor
     tensors = plan.tensors() if isinstance(plan, Plan) else plan
-    max_partials = plan.capacity.max_partials if isinstance(plan, Plan) else int(plan[12][2])
+    max_partials = plan.max_partials if isinstance(plan, Plan) else int(plan[12][2])
     floats = {"dtype": torch.float32, "device": q.device}
     out = torch.full_like(q, torch.nan)
     lse = torch.full(q.shape[:2], torch.nan, **floats)

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flashcore_sglang import ops, variants
+from flashcore_sglang.planner import Count
 
 FP32 = [replace(case, name=f"fp32 {case.name}", dtype=torch.float32) for case in CASES[::4]]
 CPU = "cpu"
@@ -89,6 +90,20 @@ def test_same_bits_twice(case: Case, variant: str) -> None:
     first, second = (kit.attend(problem, plan, variant=variant, rows_per_tile=rows_per_tile) for _ in range(2))
     assert torch.equal(first[0], second[0])
     assert torch.equal(first[1], second[1])
+
+
+@pytest.mark.parametrize("variant", EVERY)
+def test_pairs_enough_are_not_cut(variant: str) -> None:
+    case = extend("many pairs", (700, 700), (333, 400), (1, 65))
+    device, rows_per_tile = setup(case, variant)
+    problem = make(case, device)
+    cut = kit.make_plan(problem, rows_per_tile=rows_per_tile)
+    whole = kit.make_plan(problem, rows_per_tile=rows_per_tile, pairs_per_cta=2)
+    assert cut.counts[Count.NUM_PARTIALS] > 0
+    assert (whole.max_partials, whole.counts[Count.NUM_PARTIALS]) == (0, 0)
+    tiles = whole.tiles[: whole.counts[Count.NUM_TILES]]
+    assert (tiles[:, 3] == -1).all()
+    kit.check(problem, *kit.attend(problem, whole, variant=variant, rows_per_tile=rows_per_tile))
 
 
 @pytest.mark.parametrize("variant", EVERY)

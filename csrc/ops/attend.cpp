@@ -96,7 +96,7 @@ void attend(const Tensor& q_tensor, const Tensor& k_cache, const Tensor& v_cache
       .stream = launch.stream(),
   };
   run(kOp, variant.c_str(), kernel.run, params);
-  if (kernel.merges) run(kOp, "merge", device == kCpu ? run_merge_cpu : run_merge_cuda, params);
+  if (kernel.merges && partials.size(0) > 0) run(kOp, "merge", device == kCpu ? run_merge_cpu : run_merge_cuda, params);
 }
 
 }  // namespace flashcore

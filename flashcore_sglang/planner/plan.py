@@ -13,6 +13,7 @@ import torch
 SPLIT_UNIT = 64  # keys; kSplitUnit in csrc/params.h
 ROW_FIELDS = 8  # int32 fields of struct Row
 TILE_FIELDS = 4  # int32 fields of struct Tile
+UNCUT = 1 << 30  # keys of a tile where rows are not to be cut
 MAX_LEVELS = 4  # packed rows that a request is in at most; kMaxLevels in csrc/plan/scratch.h
 
 
@@ -53,6 +54,7 @@ class Capacity:
         share: room for packed rows of requests that share pages.
         page_size: keys in a page.
         split_keys: 0, or the fixed length of a tile in deterministic mode.
+        pairs_per_cta: (row, KV head) pairs for each CTA that make cuts needless, see ``variants.Tiling``; 0: none do.
     """
 
     batch: int
@@ -67,6 +69,7 @@ class Capacity:
     share: bool = True
     page_size: int = 64
     split_keys: int = 0
+    pairs_per_cta: int = 0
 
     def __post_init__(self) -> None:
         if self.rows_per_tile < self.group:
@@ -123,6 +126,11 @@ class Capacity:
         shared = (self.max_row_tokens + self.batch) * self.num_kv_heads * self.group if self.packs else 0
         return 2 * self.max_splits * rows_of_a_tile + shared
 
+    def needs_no_cuts(self, num_tokens: int) -> bool:
+        """Whether an extend of ``num_tokens`` has pairs enough, whatever its requests: full rows are the fewest."""
+        pairs = -(-num_tokens // self.tokens_per_row) * self.num_kv_heads
+        return 0 < self.pairs_per_cta * self.num_ctas <= pairs
+
     @property
     def scratch_size(self) -> int:
         """int32 entries the planner works in: csrc/plan/scratch.h."""
@@ -150,6 +158,7 @@ class Plan:
     counts: torch.Tensor
     scratch: torch.Tensor  # [scratch_size] written anew by every plan
     batch: int  # requests of the current plan, at most capacity.batch
+    cut: bool = True  # whether rows of the current plan may be cut: if not, nothing is partial, nothing to be merged
 
     @classmethod
     def allocate(cls, capacity: Capacity, device: torch.device | str) -> Plan:
@@ -175,6 +184,11 @@ class Plan:
             scratch=ints(c.scratch_size),
             batch=c.batch,
         )
+
+    @property
+    def max_partials(self) -> int:
+        """Rows of the partial buffers to give to ``attend``; with none it merges nothing."""
+        return self.capacity.max_partials if self.cut else 0
 
     def tensors(self) -> list[torch.Tensor]:
         """The buffers in the order of ``struct Plan``, as the ops take them; per-request ones as long as the batch."""

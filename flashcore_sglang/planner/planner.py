@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from flashcore_sglang import ops
-from flashcore_sglang.planner.plan import Capacity, Plan, Policy
+from flashcore_sglang.planner.plan import UNCUT, Capacity, Plan, Policy
 from flashcore_sglang.planner.summaries import GroupReduction
 
 if TYPE_CHECKING:
@@ -240,6 +240,7 @@ class Planner:
         self, plan: Plan, policy: Policy, num_tokens: int, decode: bool, causal: bool, window_left: int
     ) -> None:
         c, o = plan.capacity, self.options
+        plan.cut = decode or o.split_keys > 0 or not c.needs_no_cuts(num_tokens)
         ops.plan(
             plan.tensors(),
             plan.scratch,
@@ -249,7 +250,7 @@ class Planner:
             page_size=o.page_size,
             num_pages=c.num_pages,
             rows_per_tile=c.rows_per_tile,
-            max_partials=c.max_partials,
+            max_partials=plan.max_partials,
             causal=causal,
             window_left=window_left,
             policy=int(policy),
@@ -260,5 +261,5 @@ class Planner:
             list_pages=o.list_pages,
             sparse_begin=c.pages,
             share=decode and o.share and c.packs,
-            split_keys=o.split_keys,
+            split_keys=o.split_keys if plan.cut else UNCUT,
         )
