@@ -206,12 +206,12 @@ def drive(model: str, workload: Workload, log: Path, output: Path, limit_s: floa
     Returns:
         bench_serving's record, with `steady` and `step` of the server's log.
     """
-    fresh = ["--flush-cache", "--warmup-requests", "1"]
+    before = ["--warmup-requests", "1", "--flush-cache"]
     if workload.cached:
-        _serve(model, [*workload.command(1), *fresh], output, limit_s)
-        fresh = ["--warmup-requests", "0"]
+        _serve(model, [*workload.command(1), "--warmup-requests", "0", "--flush-cache"], output, limit_s)
+        before = ["--warmup-requests", "0"]
     seen = len(log.read_text())
-    record = _serve(model, [*workload.command(workload.output), *fresh], output, limit_s)
+    record = _serve(model, [*workload.command(workload.output), *before], output, limit_s)
     record["steady"], record["step"] = steady(log.read_text()[seen:])
     return record
 
