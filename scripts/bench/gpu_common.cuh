@@ -87,25 +87,47 @@ class Graph {
   cudaGraphExec_t exec_ = nullptr;
 };
 
+// Milliseconds that `work` takes on a stream.
+class Timer {
+ public:
+  Timer() {
+    CUDA_CHECK(cudaEventCreate(&begin_));
+    CUDA_CHECK(cudaEventCreate(&end_));
+  }
+  ~Timer() {
+    cudaEventDestroy(begin_);
+    cudaEventDestroy(end_);
+  }
+  Timer(const Timer&) = delete;
+  template <class Work>
+  float operator()(cudaStream_t stream, const Work& work) const {
+    CUDA_CHECK(cudaEventRecord(begin_, stream));
+    work();
+    CUDA_CHECK(cudaEventRecord(end_, stream));
+    CUDA_CHECK(cudaEventSynchronize(end_));
+    float ms;
+    CUDA_CHECK(cudaEventElapsedTime(&ms, begin_, end_));
+    return ms;
+  }
+
+ private:
+  cudaEvent_t begin_, end_;
+};
+
+inline double median(std::vector<double> x) {
+  std::nth_element(x.begin(), x.begin() + x.size() / 2, x.end());
+  return x[x.size() / 2];
+}
+
 // Median microseconds of `work` on `stream` after three warm-up runs; `before` precedes each run, untimed.
 template <class Work, class Before>
 double median_us(int runs, cudaStream_t stream, const Work& work, const Before& before) {
-  cudaEvent_t begin, end;
-  CUDA_CHECK(cudaEventCreate(&begin));
-  CUDA_CHECK(cudaEventCreate(&end));
-  std::vector<float> times;
+  const Timer timer;
+  std::vector<double> times;
   for (int i = 0; i < runs + 3; ++i) {
     before();
-    CUDA_CHECK(cudaEventRecord(begin, stream));
-    work();
-    CUDA_CHECK(cudaEventRecord(end, stream));
-    CUDA_CHECK(cudaEventSynchronize(end));
-    float ms;
-    CUDA_CHECK(cudaEventElapsedTime(&ms, begin, end));
-    if (i >= 3) times.push_back(ms * 1e3f);
+    const float ms = timer(stream, work);
+    if (i >= 3) times.push_back(ms * 1e3);
   }
-  CUDA_CHECK(cudaEventDestroy(begin));
-  CUDA_CHECK(cudaEventDestroy(end));
-  std::nth_element(times.begin(), times.begin() + runs / 2, times.end());
-  return times[runs / 2];
+  return median(times);
 }

@@ -18,18 +18,10 @@
 #include <string>
 #include <vector>
 
+#include "gpu_common.cuh"
 #include "params.h"
 
 using namespace flashcore;
-
-#define CUDA_CHECK(call)                                                                    \
-  do {                                                                                      \
-    const auto error_ = static_cast<cudaError_t>(call);                                     \
-    if (error_ != cudaSuccess) {                                                            \
-      std::printf("%s:%d %s: %s\n", __FILE__, __LINE__, #call, cudaGetErrorString(error_)); \
-      std::exit(1);                                                                         \
-    }                                                                                       \
-  } while (0)
 
 namespace {
 
@@ -163,18 +155,6 @@ class Arena {
   int64_t used_ = 0;
 };
 Arena arena;
-
-template <typename T>
-__global__ void fill_random(T* x, int64_t n, uint64_t seed) {
-  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < n; i += int64_t{gridDim.x} * blockDim.x) {
-    uint64_t z = i * 0x9E3779B97F4A7C15ull + seed * 0xD1B54A32D192ED03ull;
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
-    float sum = -2.0f;
-    for (int k = 0; k < 4; ++k) sum += static_cast<float>((z >> (16 * k)) & 0xFFFF) / 65536.0f;
-    x[i] = T(sum * 1.7320508f);
-  }
-}
 
 // NaN in the slots of a request's last page that hold no key.
 template <typename T>
@@ -488,26 +468,15 @@ struct Times {
 // Back-to-back launches. Power, not temperature, makes the difference: a GPU that was idle before runs at higher clocks
 // than its power cap allows for long.
 Times time_us(const AttendParams& p, int (*kernel)(const AttendParams&), double warm_ms, double timed_ms) {
-  cudaEvent_t begin, end;
-  CUDA_CHECK(cudaEventCreate(&begin));
-  CUDA_CHECK(cudaEventCreate(&end));
+  const Timer timer;
   std::vector<double> cold, warm;
   CUDA_CHECK(kernel(p));
   for (double total_ms = 0.0; total_ms < warm_ms + timed_ms || warm.size() < 5;) {
-    CUDA_CHECK(cudaEventRecord(begin));
-    CUDA_CHECK(kernel(p));
-    CUDA_CHECK(cudaEventRecord(end));
-    CUDA_CHECK(cudaEventSynchronize(end));
-    float ms;
-    CUDA_CHECK(cudaEventElapsedTime(&ms, begin, end));
+    const float ms = timer(nullptr, [&] { CUDA_CHECK(kernel(p)); });
     if (cold.size() < 8) cold.push_back(ms * 1e3);
     if (total_ms >= warm_ms) warm.push_back(ms * 1e3);
     total_ms += ms;
   }
-  const auto median = [](std::vector<double>& times) {
-    std::sort(times.begin(), times.end());
-    return times[times.size() / 2];
-  };
   return {median(cold), median(warm)};
 }
 
