@@ -28,7 +28,7 @@ def test_names_are_unique_and_say_what_is_read() -> None:
     names = [case.name for case in SPARSE_CASES]
     assert len(set(names)) == len(names)
     assert names[0] == "sparse/b1/ctx131072/budget4096/h32kv8d128/p64"
-    assert SparseCase(8, 131072, 4096, fraction=0.3).name == "sparse/b8/ctx131072/budget39321/h32kv8d128/p64"
+    assert SparseCase(8, 131072, 4096, fraction=0.3).name == "sparse/b8/ctx131072/budget30%/h32kv8d128/p64"
     assert SparseCase(8, 131072, 4096, fraction=0.3).pages_read == 615
 
 

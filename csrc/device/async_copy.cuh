@@ -23,6 +23,12 @@ __device__ __forceinline__ void copy_async_16(uint32_t shared, const void* globa
   }
 }
 
+// As above for 8 bytes, by way of L1.
+__device__ __forceinline__ void copy_async_8(uint32_t shared, const void* global, bool valid) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared), "l"(global), "r"(valid ? 8 : 0)
+               : "memory");
+}
+
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Waits until at most kPending of this thread's latest groups are in flight.

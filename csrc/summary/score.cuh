@@ -1,13 +1,13 @@
 // Scores of pages by their summaries (the formula: rules.h), at the speed that memory gives the summaries.
 //
-// Grid   two CTAs an SM at most; in front of them one CTA for each request, which writes the summary of a page that the
-//        step has filled. 256 threads.
+// Grid   two CTAs of 256 threads an SM; one where that leaves a warp few units, so that select gets ready beside them.
 // Work   a unit is some neighbouring page columns of one (request, KV head). All units of the batch stand on a line,
-//        heads after requests, and every warp takes an even stretch of it: one request gets the whole machine.
+//        heads within requests, and every warp takes an even stretch of it: one request gets the whole machine.
 // Warp   a lane owns 8 channels of one vector of a summary (of both where a vector takes the whole warp), so 32 lanes
 //        read 512 bytes of a page at once, and keeps the same channels of the group's queries in registers. A unit is
-//        8 loads (4 where the group is large); their sums are reduced over the lanes by halving, so that each lane ends
-//        with the sums of one page.
+//        8 such loads (4 where the group is large); their sums are reduced over the lanes by halving, so that each lane
+//        ends with the sums of one page.
+// Shared a ring of 24 loads for each warp, filled by cp.async. A lane reads what it has copied itself: no barrier.
 //
 // Not tensor cores: at 4 query heads a KV head the products take half of the time that the bytes do, and only sums in a
 // known order choose the same pages on every machine.
@@ -17,15 +17,18 @@
 
 #include <algorithm>
 
+#include "device/async_copy.cuh"
 #include "device/dependent_launch.cuh"
 #include "plan/cta.cuh"
-#include "summary/summarize.cuh"
+#include "summary/element.cuh"
 
 namespace flashcore::score {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kCtasPerSm = 2;
+constexpr int kFewUnits = 4;  // of a warp
+constexpr int kRingLoads = 24;
 
 // T: of queries and keys. S: of summaries. kVectorLanes: lanes that own the channels of one vector. kMany: the group
 // has more query heads than are scored at a time.
@@ -38,15 +41,15 @@ struct Traits {
   static constexpr int kParts = kVectorLanes * kVectors > kWarp ? kVectors : 1;  // vectors that a lane owns channels of
   static constexpr int kPageLanes = kVectorLanes * kVectors / kParts;
   static constexpr int kSide = kWarp / kPageLanes;        // pages that one load of a warp reads
-  static constexpr int kDeep = (kMany ? 4 : 8) / kParts;  // loads of a unit
+  static constexpr int kDeep = (kMany ? 4 : 8) / kParts;  // such loads of a unit
   static constexpr int kColumns = kSide * kDeep;
   static constexpr int kHolders = kVectorLanes / kDeep;  // lanes of a vector that end with the sums of the same page
+  static constexpr int kStages = kRingLoads / (kDeep * kParts);
   static_assert(kHolders >= 1 && kColumns <= kWarp);
-};
 
-// Where a warp is on the line of units.
-struct Position {
-  int32_t r, kv_head, unit;  // unit of the (request, KV head)
+  using Stage = Block<S>[kDeep][kParts][kWarp];
+  using Ring = Stage[kStages];
+  static constexpr int kSharedBytes = kWarps * sizeof(Ring);
 };
 
 template <class Traits>
@@ -54,26 +57,60 @@ __device__ int32_t units_of(const Choice& choice) {
   return (choice.columns() + Traits::kColumns - 1) / Traits::kColumns;
 }
 
-// Units of all requests; with `wanted` on the line, the position of it too. The lanes of a warp look together.
+// A unit of the line.
 template <class Traits>
-__device__ int32_t walk_line(const SelectParams& p, int32_t wanted, Position* position) {
-  const int32_t lane = threadIdx.x % kWarp, heads = p.pages.num_kv_heads;
-  int32_t before = 0;
-  for (int32_t base = 0; base < p.pages.batch; base += kWarp) {
-    const int32_t r = base + lane;
-    const int32_t units = r < p.pages.batch ? units_of<Traits>(Choice(p, r)) : 0;
-    const int32_t through = before + warp_scan(units * heads);
-    const uint32_t past = __ballot_sync(~0u, through > wanted);
-    if (position != nullptr && past != 0) {
+struct Cursor {
+  int32_t r, kv_head, unit, units;  // unit of `units` of the (request, KV head)
+  int32_t begin, end;               // columns that are scored
+  const int32_t* table;
+
+  // The unit `wanted` of the line. The lanes of a warp look together.
+  __device__ Cursor(const SelectParams& p, int32_t wanted) {
+    const int32_t lane = threadIdx.x % kWarp, heads = p.pages.num_kv_heads;
+    int32_t before = 0;
+    for (int32_t base = 0;; base += kWarp) {
+      const int32_t own = base + lane < p.pages.batch ? units_of<Traits>(Choice(p, base + lane)) : 0;
+      const int32_t through = before + warp_scan(own * heads);
+      const uint32_t past = __ballot_sync(~0u, through > wanted);
+      before = __shfl_sync(~0u, through, kWarp - 1);
+      if (past == 0) continue;
       const int32_t found = __ffs(past) - 1;
-      const int32_t own = __shfl_sync(~0u, units, found);
-      const int32_t offset = wanted - (__shfl_sync(~0u, through, found) - own * heads);
-      *position = {base + found, offset / own, offset % own};
-      return 0;
+      open(p, base + found);
+      const int32_t offset = wanted - (__shfl_sync(~0u, through, found) - units * heads);
+      kv_head = offset / units;
+      unit = offset % units;
+      return;
     }
-    before = __shfl_sync(~0u, through, kWarp - 1);
   }
-  return before;
+
+  // To the next unit, which exists; says whether it is of another request or KV head.
+  __device__ bool advance(const SelectParams& p) {
+    if (++unit < units) return false;
+    unit = 0;
+    if (++kv_head < p.pages.num_kv_heads) return true;
+    kv_head = 0;
+    do open(p, r + 1);
+    while (units == 0);
+    return true;
+  }
+  __device__ int32_t column() const { return begin + unit * Traits::kColumns; }
+
+ private:
+  __device__ void open(const SelectParams& p, int32_t request) {
+    const Choice choice(p, request);
+    r = request;
+    units = units_of<Traits>(choice);
+    begin = choice.middle_begin;
+    end = choice.middle_end;
+    table = choice.table;
+  }
+};
+
+template <class Traits>
+__device__ int32_t count_units(const SelectParams& p) {
+  int32_t units = 0;
+  for (int32_t r = threadIdx.x % kWarp; r < p.pages.batch; r += kWarp) units += units_of<Traits>(Choice(p, r));
+  return __reduce_add_sync(~0u, units) * p.pages.num_kv_heads;
 }
 
 // A lane's channels of the queries of one (request, KV head), in the forms that its vectors are multiplied with.
@@ -109,15 +146,19 @@ struct Queries {
 template <class Traits>
 struct Scorer {
   using S = typename Traits::S;
+  using Stage = typename Traits::Stage;
   static constexpr int kHeads = Traits::kHeads, kDeep = Traits::kDeep, kParts = Traits::kParts;
+  static constexpr int kStages = Traits::kStages;
   using Sums = float[kDeep][kHeads][kParts];
 
   const SelectParams& p;
+  typename Traits::Ring& ring;
   const ScoreRule rule;
   const int32_t group, lane, side, vector, channel;  // vector: the first that the lane owns channels of
 
-  __device__ explicit Scorer(const SelectParams& params)
+  __device__ Scorer(const SelectParams& params, typename Traits::Ring& ring)
       : p(params),
+        ring(ring),
         rule(params),
         group(params.num_qo_heads / params.pages.num_kv_heads),
         lane(threadIdx.x % kWarp),
@@ -127,53 +168,43 @@ struct Scorer {
 
   // Scores units [first, last) of the line.
   __device__ void run(int32_t first, int32_t last) const {
-    if (first >= last) return;
-    Position at;
-    walk_line<Traits>(p, first, &at);
-    while (first < last) {
-      const Choice choice(p, at.r);
-      const int32_t units = units_of<Traits>(choice);
-      const int32_t taken = min(units - at.unit, last - first);
-      if (taken > 0) score_head(choice, at, taken);
-      first += max(taken, 0);
-      at.unit = 0;
-      if (units == 0 || ++at.kv_head == p.pages.num_kv_heads) at = {at.r + 1, 0, 0};
+    const int32_t units = last - first;
+    if (units <= 0) return;
+    Cursor<Traits> now(p, first), ahead = now;
+    int32_t ids = load_ids(ahead), fetched = 0;  // page ids of the unit that is fetched next
+    const auto fetch = [&] {
+      if (fetched < units) {
+        copy_summaries(ids, ahead.kv_head, ring[fetched % kStages]);
+        if (++fetched < units) {
+          ahead.advance(p);
+          ids = load_ids(ahead);
+        }
+      }
+      copy_async_commit();  // an empty group at the end, so that the count of groups stays that of units
+    };
+#pragma unroll 1
+    for (int i = 0; i + 1 < kStages; ++i) fetch();
+    Queries<Traits> queries;
+    load_queries(now, 0, queries);
+#pragma unroll 1
+    for (int32_t i = 0; i < units; ++i) {
+      fetch();
+      copy_async_wait<kStages - 1>();
+      score_unit(now, ring[i % kStages], queries);
+      if (i + 1 < units && now.advance(p)) load_queries(now, 0, queries);
     }
   }
 
  private:
-  __device__ void score_head(const Choice& choice, const Position& at, int32_t units) const {
-    const int32_t begin = choice.middle_begin + at.unit * Traits::kColumns, end = choice.middle_end;
-    const int32_t first_head = at.kv_head * group;
-    float* scores = scores_of(p, at.r, at.kv_head);
-    Queries<Traits> queries;
-    queries.load(p, at.r, first_head, min(group, kHeads), vector, channel);
-    int32_t ids = load_ids(choice, begin, end);
-    for (int32_t i = 0; i < units; ++i) {
-      const int32_t column = begin + i * Traits::kColumns;
-      const int32_t next_ids = i + 1 < units ? load_ids(choice, column + Traits::kColumns, end) : 0;
-      Block<S> blocks[kDeep][kParts];
-      load_summaries(ids, at.kv_head, blocks);
-      float score = score_block(blocks, queries, 0, min(group, kHeads), 0.0f);
-      if constexpr (Traits::kMany) {
-        for (int32_t g = kHeads; g < group; g += kHeads) {
-          queries.load(p, at.r, first_head + g, min(group - g, kHeads), vector, channel);
-          score = score_block(blocks, queries, g, min(group - g, kHeads), score);
-        }
-        queries.load(p, at.r, first_head, kHeads, vector, channel);
-      }
-      const int32_t page = lane % Traits::kVectorLanes / Traits::kHolders * Traits::kSide + side;
-      const bool writes = lane % Traits::kHolders == 0 && vector == 0 && column + page < end;
-      if (writes) scores[column + page] = score;
-      ids = next_ids;
-    }
+  __device__ int32_t load_ids(const Cursor<Traits>& at) const {
+    return at.table[min(at.column() + lane % Traits::kColumns, at.end - 1)];
   }
 
-  __device__ int32_t load_ids(const Choice& choice, int32_t column, int32_t end) const {
-    return choice.table[min(column + lane % Traits::kColumns, end - 1)];
+  __device__ void load_queries(const Cursor<Traits>& at, int32_t first, Queries<Traits>& queries) const {
+    queries.load(p, at.r, at.kv_head * group + first, min(group - first, kHeads), vector, channel);
   }
 
-  __device__ void load_summaries(int32_t ids, int32_t kv_head, Block<S> (&blocks)[kDeep][kParts]) const {
+  __device__ void copy_summaries(int32_t ids, int32_t kv_head, Stage& stage) const {
     const int32_t dim = p.pages.head_dim;
     const S* summaries = static_cast<const S*>(p.pages.summaries.data) + channel;
 #pragma unroll
@@ -182,21 +213,39 @@ struct Scorer {
       const S* summary = summaries + ((page * p.pages.num_kv_heads + kv_head) * Traits::kVectors + vector) * dim;
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
-        blocks[i][part] = channel < dim ? load_block(summary + part * dim) : Block<S>{};
+        const uint32_t to = shared_address(&stage[i][part][lane]);
+        if constexpr (sizeof(Block<S>) == 16) {
+          copy_async_16<128>(to, summary + part * dim, channel < dim);
+        } else {
+          copy_async_8(to, summary + part * dim, channel < dim);
+        }
       }
     }
   }
 
-  // The score of this lane's page after `heads` more heads of the group, of which `before` are in `score`.
-  __device__ float score_block(const Block<S> (&blocks)[kDeep][kParts], const Queries<Traits>& queries, int32_t before,
-                               int32_t heads, float score) const {
+  __device__ void score_unit(const Cursor<Traits>& at, const Stage& stage, Queries<Traits>& queries) const {
+    float score = add_heads(stage, queries, 0, 0.0f);
+    if constexpr (Traits::kMany) {
+      for (int32_t g = kHeads; g < group; g += kHeads) {
+        load_queries(at, g, queries);
+        score = add_heads(stage, queries, g, score);
+      }
+      load_queries(at, 0, queries);
+    }
+    const int32_t page = lane % Traits::kVectorLanes / Traits::kHolders * Traits::kSide + side;
+    const int32_t column = at.column() + page;
+    if (lane % Traits::kHolders == 0 && vector == 0 && column < at.end) scores_of(p, at.r, at.kv_head)[column] = score;
+  }
+
+  // The score of this lane's page when the heads from `first` on, at most kHeads, join those before them.
+  __device__ float add_heads(const Stage& stage, const Queries<Traits>& queries, int32_t first, float score) const {
     Sums sums;
 #pragma unroll
     for (int i = 0; i < kDeep; ++i) {
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
         float values[kBlock];
-        unpack(blocks[i][part], values);
+        unpack(stage[i][part][lane], values);
 #pragma unroll
         for (int g = 0; g < kHeads; ++g) {
           float sum = 0.0f;
@@ -215,7 +264,7 @@ struct Scorer {
       } else if constexpr (Traits::kVectors == 2) {
         own = rule.join(own, __shfl_xor_sync(~0u, own, Traits::kVectorLanes));  // only vector 0 has it right
       }
-      if (g < heads) score = rule.reduce(before + g, score, own);
+      if (first + g < group) score = rule.reduce(first + g, score, own);
     }
     return score;
   }
@@ -247,25 +296,26 @@ struct Scorer {
 
 template <class Traits>
 __global__ void __launch_bounds__(kThreads, kCtasPerSm) score_kernel(SelectParams p) {
+  extern __shared__ __align__(16) unsigned char storage[];
+  auto& rings = reinterpret_cast<typename Traits::Ring(&)[kWarps]>(storage);
   wait_for_primary();
   allow_dependents();  // behind the wait, so that select finds all that is older than this kernel finished
-  const int32_t writers = p.pages.batch, cta = static_cast<int32_t>(blockIdx.x) - writers;
-  if (cta < 0) {
-    const int32_t page = filled_page(p.pages, blockIdx.x);
-    if (page >= 0) summarize_page<typename Traits::T, typename Traits::S, kThreads>(p.pages, page, p.pages.page_size);
-    return;
-  }
-  const int64_t units = walk_line<Traits>(p, 0, nullptr);
-  const int32_t warps = (gridDim.x - writers) * kWarps, warp = cta * kWarps + threadIdx.x / kWarp;
-  Scorer<Traits>(p).run(static_cast<int32_t>(units * warp / warps), static_cast<int32_t>(units * (warp + 1) / warps));
+  const int64_t units = count_units<Traits>(p);
+  const int32_t warps = gridDim.x * kWarps, warp = blockIdx.x * kWarps + threadIdx.x / kWarp;
+  Scorer<Traits>(p, rings[threadIdx.x / kWarp])
+      .run(static_cast<int32_t>(units * warp / warps), static_cast<int32_t>(units * (warp + 1) / warps));
 }
 
 template <class Traits>
 cudaError_t launch(const SelectParams& p) {
-  const int32_t resident = kCtasPerSm * p.num_sms;
-  const int32_t scorers = std::max(resident - p.pages.batch, resident / 2);
-  return launch_dependent(score_kernel<Traits>, p.pages.batch + scorers, kThreads,
-                          static_cast<cudaStream_t>(p.pages.stream), p);
+  constexpr int kShared = Traits::kSharedBytes;
+  static const cudaError_t opt_in =
+      cudaFuncSetAttribute(score_kernel<Traits>, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
+  if (opt_in != cudaSuccess) return opt_in;
+  const int64_t most_units = int64_t{p.pages.batch} * p.pages.num_kv_heads * p.pages.max_columns / Traits::kColumns;
+  const int32_t ctas = most_units <= kFewUnits * kWarps * p.num_sms ? p.num_sms : kCtasPerSm * p.num_sms;
+  return launch_dependent_shared(score_kernel<Traits>, ctas, kThreads, kShared,
+                                 static_cast<cudaStream_t>(p.pages.stream), p);
 }
 
 template <class T, class S, int kVectorLanes, int kVectors>

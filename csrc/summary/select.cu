@@ -1,16 +1,17 @@
 // The pages that each sparse request and KV head reads: those of the best scores (score.cuh), in the order of the
 // sequence.
 //
-// Grid one CTA for each request and KV head, 512 threads. The key of the last page that fits the budget is found by a
-// radix select over the range that the keys really span: 2048 counts a round, each round narrowing the range to one
-// bucket until all or one key of it is wanted (two rounds as a rule, three at most). The list is then written by a
-// prefix sum over the columns: no sort, and ties go to the lower column. Shared memory: keys and page ids of 4096
-// columns, 2048 counts; longer requests read theirs from L2.
+// Grid one CTA for each request and KV head, 512 threads. While the scores are still made a CTA writes the summary of
+// its request's last page if the step has filled it, and all of the list that needs no score. Then the key of the last
+// page that fits the budget is found by a radix select over the range that the keys really span: 2048 counts a round,
+// each round narrowing the range to one bucket until all or one key of it is wanted (two rounds as a rule, three at
+// most). The list is then written by a prefix sum over the columns: no sort, and ties go to the lower column. Shared
+// memory: keys and page ids of 4096 columns, 2048 counts; longer requests read theirs from L2.
 #include <cuda_runtime.h>
 
 #include "device/dependent_launch.cuh"
 #include "plan/cta.cuh"
-#include "summary/element.cuh"
+#include "summary/summarize.cuh"
 
 namespace flashcore {
 
@@ -26,7 +27,7 @@ constexpr int kBuckets = 1 << kBucketBits;
 constexpr int kStaged = 4096;
 
 struct Shared {
-  uint32_t keys[kStaged];
+  alignas(16) uint32_t keys[kStaged];
   int32_t table[kStaged];
   int32_t counts[kBuckets];
   uint32_t lowest[kWarps], highest[kWarps];
@@ -144,10 +145,35 @@ __device__ void write_list(const Columns& columns, Threshold threshold, int32_t*
   }
 }
 
+// The summary of a page that the step has filled. All threads fetch its keys; one sums up a channel.
+template <class T, class S>
+__device__ void fill_summary(const SummarizeParams& p, int64_t page, int32_t kv_head, Shared& shared) {
+  const int32_t blocks = p.head_dim / kBlock;
+  const T* k = static_cast<const T*>(p.k) + page * p.k_stride_page + kv_head * p.k_stride_head;
+  int64_t stride = p.k_stride_token;
+  if (p.page_size * p.head_dim * sizeof(T) <= sizeof(shared.keys) + sizeof(shared.table)) {
+    T* staged = reinterpret_cast<T*>(shared.keys);
+    for (int32_t i = threadIdx.x; i < p.page_size * blocks; i += kThreads) {
+      const Block<T> block = load_block(k + i / blocks * stride + i % blocks * kBlock);
+      *reinterpret_cast<Block<T>*>(staged + i * kBlock) = block;
+    }
+    k = staged;
+    stride = p.head_dim;
+  }
+  __syncthreads();
+  for (int32_t channel = threadIdx.x; channel < p.head_dim; channel += kThreads) {
+    summarize_channels<1, T, S>(p, k + channel, stride, p.page_size, page, kv_head, channel);
+  }
+  __syncthreads();
+}
+
+template <class T, class S>
 __global__ void __launch_bounds__(kThreads) select_kernel(SelectParams p) {
   __shared__ Shared shared;
   allow_dependents();
   const int32_t r = blockIdx.x / p.pages.num_kv_heads, kv_head = blockIdx.x % p.pages.num_kv_heads;
+  const int32_t filled = filled_page(p.pages, r);
+  if (filled >= 0) fill_summary<T, S>(p.pages, filled, kv_head, shared);
   const Choice choice(p, r);
   int32_t* list = list_of(p, r, kv_head);
   const Columns columns{shared, scores_of(p, r, kv_head) + choice.middle_begin, choice.table + choice.middle_begin,
@@ -167,11 +193,12 @@ __global__ void __launch_bounds__(kThreads) select_kernel(SelectParams p) {
 
 int run_select_cuda(const SelectParams& p) {
   if (p.pages.batch == 0) return 0;
-  if (p.pages.dtype == DType::fp32 || p.pages.head_dim % kBlock != 0) return cudaErrorInvalidValue;
-  const cudaError_t error = p.pages.dtype == DType::bf16 ? launch_score_bf16(p) : launch_score_fp16(p);
-  if (error != cudaSuccess) return error;
-  return launch_dependent(select_kernel, p.pages.batch * p.pages.num_kv_heads, kThreads,
-                          static_cast<cudaStream_t>(p.pages.stream), p);
+  return with_elements(p.pages, [&](auto key, auto summary) {
+    const cudaError_t error = p.pages.dtype == DType::bf16 ? launch_score_bf16(p) : launch_score_fp16(p);
+    if (error != cudaSuccess) return error;
+    return launch_dependent(select_kernel<decltype(key), decltype(summary)>, p.pages.batch * p.pages.num_kv_heads,
+                            kThreads, static_cast<cudaStream_t>(p.pages.stream), p);
+  });
 }
 
 }  // namespace flashcore

@@ -1,4 +1,4 @@
-// A page's summary by the threads of a CTA, each of which owns 8 channels of a head.
+// A page's summary, kWide (8 or 1) channels of a head a thread.
 //
 // For mean and deviation a thread goes through the page's tokens twice: the second time they come from the cache, and
 // the deviation loses no digits to a large mean.
@@ -8,64 +8,76 @@
 
 namespace flashcore {
 
-// f(x) for the channels x[8] of every token in turn, several loads on the way at a time.
-template <class T, class F>
+template <int kWide, class T>
+__device__ auto load_wide(const T* from) {
+  if constexpr (kWide == 1) {
+    return *from;
+  } else {
+    return load_block(from);
+  }
+}
+
+template <class T>
+__device__ void unpack(const T& element, float (&to)[1]) {
+  to[0] = static_cast<float>(element);
+}
+
+template <class S>
+__device__ void store_block(S* to, const float (&from)[1]) {
+  *to = S(from[0]);
+}
+
+// f(x) for the channels x[kWide] of every token in turn, several loads on the way at a time.
+template <int kWide, class T, class F>
 __device__ void each_token(const T* k, int64_t stride, int32_t tokens, F f) {
   constexpr int32_t kAhead = 8;
   for (int32_t begin = 0; begin < tokens; begin += kAhead) {
-    Block<T> blocks[kAhead];
+    decltype(load_wide<kWide>(k)) loaded[kAhead];
 #pragma unroll
-    for (int32_t i = 0; i < kAhead; ++i) blocks[i] = load_block(k + min(begin + i, tokens - 1) * stride);
+    for (int32_t i = 0; i < kAhead; ++i) loaded[i] = load_wide<kWide>(k + min(begin + i, tokens - 1) * stride);
 #pragma unroll
     for (int32_t i = 0; i < kAhead; ++i) {
-      float x[kBlock];
-      unpack(blocks[i], x);
+      float x[kWide];
+      unpack(loaded[i], x);
       if (begin + i < tokens) f(x);
     }
   }
 }
 
-template <class T, class S>
-__device__ void summarize_channels(const T* k, int64_t stride, int32_t tokens, SummaryKind kind, S* out,
-                                   int32_t to_second) {
-  float first[kBlock], second[kBlock] = {};
-  unpack(load_block(k), first);
+// Channels [channel, channel + kWide) of a page and head, whose keys there are at k.
+template <int kWide, class T, class S>
+__device__ void summarize_channels(const SummarizeParams& p, const T* k, int64_t stride, int32_t tokens, int64_t page,
+                                   int32_t head, int32_t channel) {
+  const SummaryKind kind = p.summaries.kind;
+  float first[kWide], second[kWide] = {};
+  unpack(load_wide<kWide>(k), first);
   if (kind == SummaryKind::min_max) {
-    for (int i = 0; i < kBlock; ++i) second[i] = first[i];
-    each_token(k, stride, tokens, [&](const float (&x)[kBlock]) {
-      for (int i = 0; i < kBlock; ++i) {
+    for (int i = 0; i < kWide; ++i) second[i] = first[i];
+    each_token<kWide>(k, stride, tokens, [&](const float (&x)[kWide]) {
+      for (int i = 0; i < kWide; ++i) {
         first[i] = smaller(first[i], x[i]);
         second[i] = larger(second[i], x[i]);
       }
     });
   } else {
-    each_token(k + stride, stride, tokens - 1, [&](const float (&x)[kBlock]) {
-      for (int i = 0; i < kBlock; ++i) first[i] = __fadd_rn(first[i], x[i]);
+    each_token<kWide>(k + stride, stride, tokens - 1, [&](const float (&x)[kWide]) {
+      for (int i = 0; i < kWide; ++i) first[i] = __fadd_rn(first[i], x[i]);
     });
     for (float& mean : first) mean = __fdiv_rn(mean, static_cast<float>(tokens));
   }
   if (kind == SummaryKind::mean_std) {
-    each_token(k, stride, tokens, [&](const float (&x)[kBlock]) {
-      for (int i = 0; i < kBlock; ++i) {
+    each_token<kWide>(k, stride, tokens, [&](const float (&x)[kWide]) {
+      for (int i = 0; i < kWide; ++i) {
         const float distance = __fsub_rn(x[i], first[i]);
         second[i] = __fadd_rn(second[i], __fmul_rn(distance, distance));
       }
     });
     for (float& square : second) square = __fsqrt_rn(__fdiv_rn(square, static_cast<float>(tokens)));
   }
+  const int32_t vectors = p.summaries.vectors();
+  S* out = static_cast<S*>(p.summaries.data) + (page * p.num_kv_heads + head) * vectors * p.head_dim + channel;
   store_block(out, first);
-  if (kind != SummaryKind::mean) store_block(out + to_second, second);
-}
-
-template <class T, class S, int kThreads>
-__device__ void summarize_page(const SummarizeParams& p, int64_t page, int32_t tokens) {
-  const int32_t blocks = p.head_dim / kBlock, vectors = p.summaries.vectors();
-  for (int32_t i = threadIdx.x; i < p.num_kv_heads * blocks; i += kThreads) {
-    const int32_t head = i / blocks, channel = i % blocks * kBlock;
-    const T* k = static_cast<const T*>(p.k) + page * p.k_stride_page + head * p.k_stride_head + channel;
-    S* out = static_cast<S*>(p.summaries.data) + (page * p.num_kv_heads + head) * vectors * p.head_dim + channel;
-    summarize_channels(k, p.k_stride_token, tokens, p.summaries.kind, out, p.head_dim);
-  }
+  if (vectors == 2) store_block(out + p.head_dim, second);
 }
 
 }  // namespace flashcore

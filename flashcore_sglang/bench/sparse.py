@@ -36,7 +36,7 @@ class SparseCase:
 
     @property
     def name(self) -> str:
-        budget = max(self.budget, int(self.fraction * self.context))
+        budget = f"{self.fraction:.0%}" if self.fraction else str(self.budget)
         return f"sparse/b{self.batch}/ctx{self.context}/budget{budget}/{self.heads.name}/p{self.page_size}"
 
     @property
