@@ -48,7 +48,7 @@ STABLE_TORCH_LIBRARY(flashcore, m) {
       "attend(Tensor q, Tensor k_cache, Tensor v_cache, Tensor[] plan, Tensor(a!) partial_o, Tensor(b!) partial_lse, "
       "Tensor(c!) out, Tensor(d!)? lse, int rows_per_tile, float sm_scale, bool causal, int window_left, "
       "float logits_soft_cap, bool decode, str variant, Tensor(e!)? workspace=None, int max_qo_len=0, "
-      "int max_kv_len=0) -> ()");
+      "int max_kv_len=0, bool fp32_scores=True) -> ()");
   m.def(
       "summarize(Tensor k_cache, Tensor kv_indptr, Tensor kv_indices, Tensor last_page_len, Tensor first_page, "
       "int max_columns, int summary_kind, Tensor(a!) summaries) -> ()");
@@ -58,10 +58,10 @@ STABLE_TORCH_LIBRARY(flashcore, m) {
       "int budget_pages, int budget_share, int list_pages, int sparse_begin) -> ()");
   m.def(
       "cublaslt_workspace(int batch, int max_qo_len, int max_kv_len, int num_kv_heads, int group, int head_dim, "
-      "bool fp16, bool causal, int matmul_bytes) -> int");
+      "bool fp16, bool causal, bool fp32_scores, int matmul_bytes) -> int");
   m.def(
       "cublaslt_plan(Tensor(a!) workspace, int batch, int max_qo_len, int max_kv_len, int num_kv_heads, int group, "
-      "int head_dim, bool fp16, bool causal, int matmul_bytes, str known) -> str");
+      "int head_dim, bool fp16, bool causal, bool fp32_scores, int matmul_bytes, str known, bool measure) -> str");
   m.def("build_info() -> str");
 }
 

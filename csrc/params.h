@@ -132,6 +132,7 @@ struct AttendParams {
   DType dtype;
   int32_t decode;                  // 1: every request has one query token
   int32_t max_qo_len, max_kv_len;  // of the longest requests, known to the host; cublaslt only
+  int32_t fp32_scores;             // what the scores are kept in, else fp16; cublaslt only
   int32_t num_sms;
   void* stream;
 };

@@ -16,7 +16,7 @@ import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import RadixAttention
 
-from flashcore_sglang import compat, config, ops, refusals, variants
+from flashcore_sglang import compat, config, cublaslt, ops, refusals, variants
 from flashcore_sglang.metrics import PlanMetrics
 from flashcore_sglang.phase import Batch, Phase
 from flashcore_sglang.planner import Capacity, PlannerOptions, Policy, Summaries, SummaryKind, SummarySpec
@@ -135,11 +135,14 @@ class FlashcoreBackend(AttentionBackend):
     def _extend_batch(self, forward_batch: Any) -> Batch:
         lens = forward_batch.extend_seq_lens
         qo_indptr = torch.nn.functional.pad(lens.cumsum(0, dtype=torch.int32), (1, 0))
+        qo_lens, seq_lens_cpu = forward_batch.extend_seq_lens_cpu, forward_batch.seq_lens_cpu
         return Batch(
             # extend_num_tokens may count padding, for which there is no request
-            num_tokens=sum(forward_batch.extend_seq_lens_cpu),
+            num_tokens=sum(qo_lens),
             num_pages=self._pages(forward_batch),
             qo_indptr=qo_indptr,
+            qo_lens=qo_lens,
+            kv_lens=None if seq_lens_cpu is None else seq_lens_cpu[: len(qo_lens)].tolist(),
             **self._requests(forward_batch),
         )
 
@@ -224,23 +227,15 @@ class FlashcoreBackend(AttentionBackend):
         used = phase.num_tokens
         if used < queries.shape[0]:  # padded, under DP attention, with tokens of no request
             out[used:].zero_()
-        plan = phase.planner(window).for_layer(layer.layer_id, queries[:used], k_cache)
-        ops.attend(
+        phase.attend(
             queries[:used],
             k_cache,
             v_cache,
-            plan.tensors(),
-            phase.partial_o[: plan.max_partials],
-            phase.partial_lse[: plan.max_partials],
             out[:used],
-            None,
-            rows_per_tile=phase.choice.tiling.rows_per_tile,
+            layer_id=layer.layer_id,
+            window=window,
             sm_scale=layer.scaling,
-            causal=True,
-            window_left=window,
             logits_soft_cap=layer.logit_cap,
-            decode=phase.decode,
-            variant=phase.choice.variant.name,
         )
         return out.view(-1, self.num_qo_heads * self.head_dim)
 
@@ -276,9 +271,12 @@ class FlashcoreBackend(AttentionBackend):
             phase=name,
             features=self.features,
         )
-        choice = variants.choose(shape, self.machine, self.config.variant)
+        forced, note = self.config.variant, ""
+        if forced != "auto" and not variants.BY_NAME[forced].tilings(name):
+            forced, note = "auto", f" ({forced} has no {name} kernel)"
+        choice = variants.choose(shape, self.machine, forced)
         _log_once(
-            f"flashcore_sparse: {name} by {choice.variant.name}, policy {self.config.policy}, page size "
+            f"flashcore_sparse: {name} by {choice.variant.name}{note}, policy {self.config.policy}, page size "
             f"{self.page_size}, {choice.num_ctas} CTAs"
         )
         capacity = Capacity(
@@ -294,7 +292,24 @@ class FlashcoreBackend(AttentionBackend):
             page_size=self.page_size,
             split_keys=self.options.split_keys,
         )
-        return Phase(name, choice, self.options, capacity, self.head_dim, self.device, self.summaries)
+        matmuls = self._make_matmuls() if choice.variant.name == "cublaslt" else None
+        return Phase(name, choice, self.options, capacity, self.head_dim, self.device, self.summaries, matmuls)
+
+    def _make_matmuls(self) -> cublaslt.Matmuls:
+        dtype = self.token_to_kv_pool.dtype
+        like = cublaslt.Shape(
+            batch=0,
+            max_qo_len=0,
+            max_kv_len=0,
+            num_kv_heads=self.num_kv_heads,
+            group=self.num_qo_heads // self.num_kv_heads,
+            head_dim=self.head_dim,
+            fp16=dtype == torch.float16,
+            causal=True,
+            fp32_scores=cublaslt.fp32_scores(self.config.cublaslt_scores, dtype),
+        )
+        device = torch.device("cuda", torch.cuda.current_device())
+        return cublaslt.Matmuls(cublaslt.Workspace(device, self.config.cublaslt_ws_mb), like)
 
     def _make_summaries(self, layers: list[Any]) -> Summaries:
         pool = self.token_to_kv_pool

@@ -40,7 +40,9 @@ def _parser() -> argparse.ArgumentParser:
     doctor.set_defaults(run=_doctor)
 
     variants = commands.add_parser("variants", help="what each kernel can compute, and which one a shape gets")
-    variants.add_argument("--shape", metavar="b16,h32,kv8,d128,page64,bf16[,prefill]", help="choose for this shape")
+    variants.add_argument(
+        "--shape", metavar="b16,h32,kv8,d128,page64,bf16[,prefill][,causal]", help="choose for this shape"
+    )
     variants.add_argument("--variant", metavar="NAME", help="force one, as FLASHCORE_VARIANT does")
     variants.add_argument("--sm", metavar="9.0", help="for a GPU of this compute capability, instead of this machine")
     variants.set_defaults(run=_variants)
@@ -112,6 +114,7 @@ def _variants(options: argparse.Namespace) -> int:
     if choice:
         tiling = f"{choice.tiling.rows_per_tile} packed queries a tile, {choice.tiling.ctas_per_sm} CTAs on each SM"
         print(f"{describe(shape)} on {device}: {choice.variant.name} ({tiling})")
+        print(f"  {choice.why}")
         for name, reason in choice.reasons:
             print(f"  not {name}: {reason}")
     return 0

@@ -57,6 +57,9 @@ class Config(BaseSettings):
         1.0, ge=0, allow_inf_nan=False, description="topk: weight of |q|.std beside q.mean in a page's score (mean_std)"
     )
     cublaslt_ws_mb: int = Field(32, ge=0, le=4096, description="MiB of cuBLASLt workspace")
+    cublaslt_scores: Literal["auto", "fp16", "fp32"] = Field(
+        "auto", description="what variant cublaslt keeps scores in; auto: fp32 for fp16 inputs, fp16 for bf16"
+    )
     cpu_threads: int = Field(0, ge=0, le=4096, description="threads of the cpu variant; 0: all cores")
     check: bool = Field(False, description="validate page tables before each plan (synchronises)")
     metrics: bool | Literal["auto"] = Field("auto", description="Prometheus metrics; auto: as the server's own")

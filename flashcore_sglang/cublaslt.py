@@ -1,7 +1,8 @@
-"""The scratch of the cublaslt variant, and the algorithms it has found for its matmuls, kept in memory and in a file.
+"""The host's part of the cublaslt variant: which requests go together, in which scratch, by which algorithms.
 
-The file is keyed by GPU and cuBLASLt version (its name) and by matmul (its entries). It holds no algorithm, only what
-tells one from the others among those that cuBLASLt proposes: an entry that it proposes no more is timed anew.
+Algorithms that were measured are kept in memory and in a file, keyed by GPU and cuBLASLt version (its name) and by
+matmul (its entries). The file holds no algorithm, only what tells one from the others among those that cuBLASLt
+proposes: an entry that it proposes no more is timed anew.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ import logging
 import os
 import re
 import tempfile
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,16 +25,22 @@ from flashcore_sglang import ops
 logger = logging.getLogger(__name__)
 
 
+GRAIN = 64  # lengths are rounded up to a multiple, as the kernels pad them: fewer shapes to plan
+MAX_PLANNED = 4096  # shapes remembered as planned
+MAX_PADDING = 1.5  # products computed for each one asked for, until requests are better computed apart
+
+
 @dataclass(frozen=True)
 class Shape:
-    """A batch as the variant plans it.
+    """Requests as the variant plans them.
 
     Attributes:
         batch: requests.
-        max_qo_len, max_kv_len: query tokens and keys of the longest requests.
+        max_qo_len, max_kv_len: at least the query tokens and keys of the longest ones.
         num_kv_heads, group, head_dim: KV heads, query heads of each, channels.
         fp16: else bf16.
         causal: blocks above the diagonal are left out.
+        fp32_scores: S = Q K^T in fp32; else in fp16.
     """
 
     batch: int
@@ -42,6 +51,50 @@ class Shape:
     head_dim: int
     fp16: bool
     causal: bool
+    fp32_scores: bool
+
+
+@dataclass(frozen=True)
+class Run:
+    """Requests ``begin`` to ``end`` of a batch, computed together, all padded to the longest of them."""
+
+    begin: int
+    end: int
+    shape: Shape
+
+
+def fp32_scores(setting: str, dtype: torch.dtype) -> bool:
+    """What ``cublaslt_scores`` means for inputs of ``dtype``.
+
+    auto keeps scores in fp32 for fp16 inputs. For bf16 ones fp16 scores are rounded less than the probabilities are.
+    """
+    return dtype == torch.float16 if setting == "auto" else setting == "fp32"
+
+
+def split(qo_lens: Sequence[int], kv_lens: Sequence[int], like: Shape) -> tuple[Run, ...]:
+    """Cuts a batch where padding to the longest request would cost more than ``MAX_PADDING``.
+
+    Args:
+        qo_lens, kv_lens: query tokens and keys of each request.
+        like: gives all but the sizes.
+    """
+    runs: list[Run] = []
+    begin, used, longest = 0, 0, (0, 0)
+
+    def close(end: int) -> None:
+        if longest[0] > 0:
+            shape = replace(like, batch=end - begin, max_qo_len=longest[0], max_kv_len=longest[1])
+            runs.append(Run(begin, end, shape))
+
+    for i, lens in enumerate(zip(qo_lens, kv_lens, strict=True)):
+        qo_len, kv_len = (-(-n // GRAIN) * GRAIN for n in lens)
+        both = max(longest[0], qo_len), max(longest[1], kv_len)
+        if longest[0] > 0 and (i + 1 - begin) * both[0] * both[1] > MAX_PADDING * (used + qo_len * kv_len):
+            close(i)
+            begin, used, both = i, 0, (qo_len, kv_len)
+        used, longest = used + qo_len * kv_len, both
+    close(len(qo_lens))
+    return tuple(runs)
 
 
 class Algorithms:
@@ -93,22 +146,81 @@ class Workspace:
         self.tensor = torch.empty(0, dtype=torch.uint8, device=device)
         self._matmul_bytes = matmul_mb << 20
         self._algorithms = algorithms or algorithms_of(device)
-        self._planned: set[Shape] = set()
+        self._planned: set[tuple[Shape, bool]] = set()
 
-    def plan(self, shape: Shape) -> None:
-        """Finds the algorithms of ``shape``: at its first call it times candidates and waits for the device.
+    def plan(self, shape: Shape, measure: bool = True) -> None:
+        """Finds the algorithms of ``shape``.
+
+        Args:
+            shape: what ``attend`` will be asked for.
+            measure: time the candidates of algorithms that are not known yet, which waits for the device; else take
+                those that cuBLASLt would.
 
         Raises:
             RuntimeError: a cuBLASLt call failed; the message names call, status and matmul.
         """
-        if shape in self._planned:
+        if (shape, measure) in self._planned:
             return
         sizes = asdict(shape) | {"matmul_bytes": self._matmul_bytes}
         size = ops.cublaslt_workspace(**sizes)
         if size > self.tensor.numel():
+            self.tensor = self.tensor.new_empty(0)  # the old scratch makes room for the new one
             self.tensor = torch.empty(size, dtype=torch.uint8, device=self.tensor.device)
-        self._algorithms.update(ops.cublaslt_plan(self.tensor, known=self._algorithms.lines(), **sizes))
-        self._planned.add(shape)
+        known = self._algorithms.lines()
+        self._algorithms.update(ops.cublaslt_plan(self.tensor, known=known, measure=measure, **sizes))
+        if len(self._planned) == MAX_PLANNED:
+            self._planned.clear()
+        self._planned.add((shape, measure))
+
+    def calls(
+        self, plan: Sequence[torch.Tensor], runs: Iterable[Run], lse: bool = False
+    ) -> Iterator[tuple[list[torch.Tensor], dict[str, Any]]]:
+        """Of each run what ``ops.attend`` takes: ``plan`` (``Plan.tensors()``) with its requests, and its lengths.
+
+        ``lse``: an LSE is asked for, which takes fp32 scores.
+        """
+        qo_indptr, kv_indptr, kv_indices, last_page_len, *rest = plan
+        for run in runs:
+            requests, ends = slice(run.begin, run.end), slice(run.begin, run.end + 1)
+            yield (
+                [qo_indptr[ends], kv_indptr[ends], kv_indices, last_page_len[requests], *rest],
+                {
+                    "workspace": self.tensor,
+                    "max_qo_len": run.shape.max_qo_len,
+                    "max_kv_len": run.shape.max_kv_len,
+                    "fp32_scores": lse or run.shape.fp32_scores,
+                },
+            )
+
+
+class Matmuls:
+    """The runs of one batch after the other in one workspace, planned without a wait for the device.
+
+    Args:
+        workspace: for all of them.
+        like: gives the shape of a run all but its sizes.
+    """
+
+    def __init__(self, workspace: Workspace, like: Shape) -> None:
+        self._workspace = workspace
+        self._like = like
+        self._runs: tuple[Run, ...] = ()
+
+    def begin(self, qo_lens: Sequence[int] | None, kv_lens: Sequence[int] | None) -> None:
+        """Plans a batch, by the query tokens and keys of each request.
+
+        Raises:
+            ValueError: the host does not know them.
+        """
+        if qo_lens is None or kv_lens is None:
+            raise ValueError("variant cublaslt: expected all lengths on the host, got none; serve with another variant")
+        self._runs = split(qo_lens, kv_lens, self._like)
+        for run in self._runs:
+            self._workspace.plan(run.shape, measure=False)
+
+    def calls(self, plan: Sequence[torch.Tensor]) -> Iterator[tuple[list[torch.Tensor], dict[str, Any]]]:
+        """As ``Workspace.calls``, of the present batch."""
+        return self._workspace.calls(plan, self._runs)
 
 
 @cache

@@ -147,6 +147,7 @@ def attend(
     workspace: torch.Tensor | None = None,
     max_qo_len: int = 0,
     max_kv_len: int = 0,
+    fp32_scores: bool = True,
 ) -> None:
     """Attention over a plan, then the merge of its partial results.
 
@@ -166,6 +167,7 @@ def attend(
         variant: a name of ``variants.VARIANTS``.
         workspace: variant cublaslt: ``cublaslt.Workspace.tensor``, planned for these lengths.
         max_qo_len, max_kv_len: variant cublaslt: query tokens and keys of the longest requests.
+        fp32_scores: variant cublaslt: scores in fp32, as an LSE asks for; else in fp16.
     """
     library().attend(
         q,
@@ -186,6 +188,7 @@ def attend(
         workspace,
         max_qo_len,
         max_kv_len,
+        fp32_scores,
     )
 
 
@@ -278,12 +281,13 @@ def cublaslt_workspace(
     head_dim: int,
     fp16: bool,
     causal: bool,
+    fp32_scores: bool,
     matmul_bytes: int,
 ) -> int:
     """Bytes of scratch that variant cublaslt needs for a ``cublaslt.Shape``, ``matmul_bytes`` of each lane included."""
     return int(
         library().cublaslt_workspace(
-            batch, max_qo_len, max_kv_len, num_kv_heads, group, head_dim, fp16, causal, matmul_bytes
+            batch, max_qo_len, max_kv_len, num_kv_heads, group, head_dim, fp16, causal, fp32_scores, matmul_bytes
         )
     )
 
@@ -298,24 +302,38 @@ def cublaslt_plan(
     head_dim: int,
     fp16: bool,
     causal: bool,
+    fp32_scores: bool,
     matmul_bytes: int,
     known: str,
+    measure: bool,
 ) -> str:
     """Finds an algorithm for each matmul of a ``cublaslt.Shape``, before ``attend`` runs it.
 
-    Unlike the other ops it waits for the device.
-
     Args:
-        workspace: uint8, of at least ``cublaslt_workspace`` bytes; it is overwritten.
+        workspace: uint8, of at least ``cublaslt_workspace`` bytes.
         matmul_bytes: what cuBLASLt may use of it in each lane.
-        known: ``matmul=algorithm`` lines of earlier calls; what is not among them is timed.
+        known: ``matmul=algorithm`` lines of earlier calls.
+        measure: time the candidates of what is not known, which overwrites the workspace and waits for the device;
+            else take the one that cuBLASLt would.
 
     Returns:
-        The lines of this shape.
+        The lines of this shape that are known or measured.
     """
     return str(
         library().cublaslt_plan(
-            workspace, batch, max_qo_len, max_kv_len, num_kv_heads, group, head_dim, fp16, causal, matmul_bytes, known
+            workspace,
+            batch,
+            max_qo_len,
+            max_kv_len,
+            num_kv_heads,
+            group,
+            head_dim,
+            fp16,
+            causal,
+            fp32_scores,
+            matmul_bytes,
+            known,
+            measure,
         )
     )
 

@@ -44,7 +44,7 @@ class _Settings:
     sm_scale: float
     window_left: int
     logits_soft_cap: float
-    matmuls: cublaslt.Shape | None = None  # of variant cublaslt, which plans with lengths known to the host
+    runs: tuple[cublaslt.Run, ...] = ()  # of variant cublaslt, which plans with lengths known to the host
 
 
 class PagedAttention:
@@ -172,17 +172,19 @@ class PagedAttention:
             variant,
         )
         if choice.variant.name == "cublaslt" and settings.num_tokens > 0:
-            matmuls = cublaslt.Shape(
+            like = cublaslt.Shape(
                 batch=batch,
-                max_qo_len=int(query_begins.diff().max()),
-                max_kv_len=_longest(kv_indptr, kv_last_page_len, page_size),
+                max_qo_len=0,
+                max_kv_len=0,
                 num_kv_heads=num_kv_heads,
                 group=num_qo_heads // num_kv_heads,
                 head_dim=head_dim,
                 fp16=q_data_type == torch.float16,
                 causal=causal,
+                fp32_scores=cublaslt.fp32_scores(self._config.cublaslt_scores, q_data_type),
             )
-            settings = replace(settings, matmuls=matmuls)
+            kv_lens = _kv_lens(kv_indptr, kv_last_page_len, page_size)
+            settings = replace(settings, runs=cublaslt.split(query_begins.diff().tolist(), kv_lens, like))
         capacity = Capacity(
             batch=self._size("max_batch", batch, "batch"),
             tokens=self._size("max_tokens", settings.num_tokens, "tokens"),
@@ -209,8 +211,9 @@ class PagedAttention:
             ops.check_page_table(kv_indptr, kv_indices, kv_last_page_len, page_size, high + 1)
         if layout != self._layout:
             self._allocate(layout)
-        if settings.matmuls is not None:
-            self._workspace.plan(settings.matmuls)
+        for run in settings.runs:
+            self._workspace.plan(run.shape)
+            self._workspace.plan(replace(run.shape, fp32_scores=True))  # should a run ask for the LSE
         self._settings, self._num_pages = settings, high + 1
         self._planner.begin_csr(
             None if decode else qo_indptr,
@@ -268,24 +271,27 @@ class PagedAttention:
         if layout.options.policy is Policy.TOPK:
             self._planner.after_store(0, k_cache, self._first_page[: self._planner.plan.batch])
         plan = self._planner.for_layer(0, q, k_cache)
-        ops.attend(
-            q,
-            k_cache,
-            v_cache,
-            plan.tensors(),
-            self._partial_o[: plan.max_partials],
-            self._partial_lse[: plan.max_partials],
-            out,
-            lse,
-            rows_per_tile=capacity.rows_per_tile,
-            sm_scale=settings.sm_scale,
-            causal=settings.causal,
-            window_left=settings.window_left,
-            logits_soft_cap=settings.logits_soft_cap,
-            decode=settings.decode,
-            variant=layout.choice.variant.name,
-            **self._matmul_arguments(settings.matmuls),
-        )
+        whole: list[tuple[list[torch.Tensor], dict[str, Any]]] = [(plan.tensors(), {})]
+        runs = self._workspace.calls(plan.tensors(), settings.runs, lse is not None) if settings.runs else whole
+        for part, lengths in runs:
+            ops.attend(
+                q,
+                k_cache,
+                v_cache,
+                part,
+                self._partial_o[: plan.max_partials],
+                self._partial_lse[: plan.max_partials],
+                out,
+                lse,
+                rows_per_tile=capacity.rows_per_tile,
+                sm_scale=settings.sm_scale,
+                causal=settings.causal,
+                window_left=settings.window_left,
+                logits_soft_cap=settings.logits_soft_cap,
+                decode=settings.decode,
+                variant=layout.choice.variant.name,
+                **lengths,
+            )
         if not return_lse:
             return out
         assert lse is not None
@@ -329,15 +335,6 @@ class PagedAttention:
             self._workspace = cublaslt.Workspace(device, self._config.cublaslt_ws_mb)
         self._layout = layout
 
-    def _matmul_arguments(self, matmuls: cublaslt.Shape | None) -> dict[str, Any]:
-        if matmuls is None:
-            return {}
-        return {
-            "workspace": self._workspace.tensor,
-            "max_qo_len": matmuls.max_qo_len,
-            "max_kv_len": matmuls.max_kv_len,
-        }
-
     def _check(self, name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
         for what, expected, got in (
             ("device", self.device, tensor.device),
@@ -375,10 +372,11 @@ def _check_indices(
     return batch
 
 
-def _longest(kv_indptr: torch.Tensor, last_page_len: torch.Tensor, page_size: int) -> int:
-    """Keys of the longest request."""
+def _kv_lens(kv_indptr: torch.Tensor, last_page_len: torch.Tensor, page_size: int) -> list[int]:
+    """Keys of each request."""
     pages = kv_indptr.diff()
-    return int((pages.sub(1).mul(page_size) + last_page_len.to(pages.device)).where(pages > 0, 0).max())
+    keys: list[int] = (pages.sub(1).mul(page_size) + last_page_len.to(pages.device)).where(pages > 0, 0).tolist()
+    return keys
 
 
 def _features(settings: _Settings) -> tuple[str, ...]:

@@ -7,11 +7,14 @@ each window, all of one capacity, over one workspace.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
+from flashcore_sglang import ops
+from flashcore_sglang.cublaslt import Matmuls
 from flashcore_sglang.planner import Capacity, Planner, PlannerOptions, Policy, Summaries, make_planner
 from flashcore_sglang.variants import Choice
 from flashcore_sglang.variants import Phase as PhaseName
@@ -30,6 +33,7 @@ class Batch:
         num_tokens: query tokens of all requests.
         num_pages: at least the pages that the requests hold, all together.
         qo_indptr: int32 ``[batch + 1]`` query tokens of each request; None: one each.
+        qo_lens, kv_lens: query tokens and keys of each request, where the host knows them; for variant cublaslt.
     """
 
     req_to_token: torch.Tensor
@@ -38,6 +42,8 @@ class Batch:
     num_tokens: int
     num_pages: int
     qo_indptr: torch.Tensor | None = None
+    qo_lens: Sequence[int] | None = None
+    kv_lens: Sequence[int] | None = None
 
     @property
     def size(self) -> int:
@@ -56,6 +62,7 @@ class Phase:
         head_dim: channels of a head.
         device: of all buffers.
         summaries: for policy topk.
+        matmuls: for variant cublaslt.
 
     Attributes:
         decode: whether every request has one query token.
@@ -72,6 +79,7 @@ class Phase:
         head_dim: int,
         device: torch.device | str,
         summaries: Summaries | None = None,
+        matmuls: Matmuls | None = None,
     ) -> None:
         self.decode = name == "decode"
         self.choice = choice
@@ -80,6 +88,7 @@ class Phase:
         self._head_dim = head_dim
         self._device = device
         self._summaries = summaries
+        self._matmuls = matmuls
         self._batch: Batch | None = None
         self._allocate(replace(capacity, share=self._options.share))
 
@@ -110,6 +119,8 @@ class Phase:
     def begin(self, batch: Batch, windows: Iterable[int]) -> None:
         """Plans ``batch`` for layers of each of ``windows`` (keys to the left of a query; -1: all), in place."""
         self._batch = batch
+        if self._matmuls is not None:
+            self._matmuls.begin(batch.qo_lens, batch.kv_lens)
         for window in windows:
             self._plan(batch, window)
 
@@ -141,6 +152,41 @@ class Phase:
         elif self._summaries is not None and window < 0:
             assert self._batch is not None
             self._summaries.update(planner.plan, layer_id, k_cache, self._first_pages[: self._batch.size])
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        out: torch.Tensor,
+        *,
+        layer_id: int,
+        window: int,
+        sm_scale: float,
+        logits_soft_cap: float,
+    ) -> None:
+        """Causal attention of a layer, as planned. q and out ``[num_tokens, heads, head_dim]``, out is contiguous."""
+        plan = self.planner(window).for_layer(layer_id, q, k_cache)
+        whole: list[tuple[list[torch.Tensor], dict[str, Any]]] = [(plan.tensors(), {})]
+        for part, lengths in whole if self._matmuls is None else self._matmuls.calls(plan.tensors()):
+            ops.attend(
+                q,
+                k_cache,
+                v_cache,
+                part,
+                self.partial_o[: plan.max_partials],
+                self.partial_lse[: plan.max_partials],
+                out,
+                None,
+                rows_per_tile=self.choice.tiling.rows_per_tile,
+                sm_scale=sm_scale,
+                causal=True,
+                window_left=window,
+                logits_soft_cap=logits_soft_cap,
+                decode=self.decode,
+                variant=self.choice.variant.name,
+                **lengths,
+            )
 
     def _plan(self, batch: Batch, window: int) -> None:
         if window not in self._planners:

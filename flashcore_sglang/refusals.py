@@ -82,6 +82,11 @@ SERVER_RULES = (
         lambda s: getattr(s.runner.model_config.hf_config, "dual_chunk_attention_config", None),
         "SGLang 0.5.17 with --attention-backend dual_chunk_flash_attn",
     ),
+    Rule(
+        "variant cublaslt with deterministic inference",
+        lambda s: s.config.variant == "cublaslt" and s.config.deterministic,
+        "FLASHCORE_VARIANT=auto",
+    ),
     Rule("decode context parallelism", lambda s: s.arg("dcp_size", 1) > 1 and s.arg("dcp_size"), "--dcp-size 1"),
     Rule("prefill context parallelism", lambda s: s.arg("enable_prefill_cp"), "no --enable-prefill-cp"),
     Rule("page-major KV pools", lambda s: s.arg("enable_page_major_kv_layout"), "no --enable-page-major-kv-layout"),

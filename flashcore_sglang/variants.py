@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, get_args
 
+from flashcore_sglang import measured
+
 if TYPE_CHECKING:
     import torch
 
@@ -75,7 +77,7 @@ class Variant:
         return self.tilings(shape.phase).get(shape.head_dim)
 
 
-# Best first: `choose` takes the first variant that can. Kernel authors tune the numbers of their Tiling here.
+# Best first where nothing was measured (measured.py). Kernel authors tune the numbers of their Tiling here.
 VARIANTS = (
     Variant(
         name="wgmma_sm90",
@@ -168,16 +170,18 @@ class Device:
 
 @dataclass(frozen=True)
 class Choice:
-    """A variant with its tiling, and why each better one was passed over.
+    """A variant with its tiling, why it was taken, and why each better one was passed over.
 
     Attributes:
         num_ctas: CTAs (CPU: threads) that share the work.
-        reasons: ``(variant, why not)`` of the ones before it in the table.
+        why: figures, where its class of shapes was measured.
+        reasons: ``(variant, why not)`` of the faster ones.
     """
 
     variant: Variant
     tiling: Tiling
     num_ctas: int
+    why: str = ""
     reasons: tuple[tuple[str, str], ...] = ()
 
 
@@ -227,7 +231,10 @@ def why_not(variant: Variant, shape: Shape, device: Device) -> str | None:
 
 
 def choose(shape: Shape, device: Device, forced: str = "auto") -> Choice:
-    """The first variant of the table that can, or ``forced`` itself.
+    """The fastest variant that can, or ``forced`` itself.
+
+    Fastest by what was measured for the class of ``shape`` (``measured.py``); the variants that were not measured come
+    behind, in the order of the table.
 
     Raises:
         UnsupportedError: no variant can, or the forced one cannot; it lists each reason and what can be used.
@@ -242,35 +249,51 @@ def choose(shape: Shape, device: Device, forced: str = "auto") -> Choice:
     if not usable:
         reasons = "; ".join(f"{name} {reason}" for name, reason in refusals.items())
         raise UnsupportedError(f"no variant computes {describe(shape)} on {device}: {reasons}")
-    variant = usable[0] if forced == "auto" else BY_NAME[forced]
+    known = measured.class_of(shape, device.sm)
+    ranking = sorted(VARIANTS, key=lambda variant: _rank(variant, known))
+    variant = next(v for v in ranking if v in usable) if forced == "auto" else BY_NAME[forced]
     tiling = variant.tiling(shape)
     assert tiling is not None  # `unfit` refuses a shape without a kernel
-    before = VARIANTS[: VARIANTS.index(variant)] if forced == "auto" else ()
+    before = ranking[: ranking.index(variant)] if forced == "auto" else []
+    if forced != "auto":
+        why = "forced"
+    elif known is not None and variant.name in known.figures:
+        why = known.why(variant.name)
+    else:
+        why = "not measured: the first of the table that can"
     return Choice(
         variant=variant,
         tiling=tiling,
         num_ctas=device.units * tiling.ctas_per_sm,
+        why=why,
         reasons=tuple((other.name, str(refusals[other.name])) for other in before),
     )
+
+
+def _rank(variant: Variant, known: measured.Class | None) -> int:
+    """Place among the measured variants; those that were not measured share the last one, in the order of the table."""
+    ranked = () if known is None else known.ranked()
+    return ranked.index(variant.name) if variant.name in ranked else len(ranked)
 
 
 def describe(shape: Shape) -> str:
     """The shape as :func:`parse_shape` reads it."""
     return (
         f"b{shape.batch},h{shape.num_qo_heads},kv{shape.num_kv_heads},d{shape.head_dim},page{shape.page_size},"
-        f"{shape.dtype},{shape.phase}"
+        f"{shape.dtype},{shape.phase}" + "".join(f",{feature}" for feature in shape.features)
     )
 
 
 def parse_shape(text: str) -> Shape:
-    """A shape from ``b16,h32,kv8,d128,page64,bf16[,prefill]``; h, kv and d are required.
+    """A shape from ``b16,h32,kv8,d128,page64,bf16[,prefill][,causal]``; h, kv and d are required.
 
     Raises:
         UnsupportedError: a word that is not of this form, or one that is missing.
     """
-    form = "b16,h32,kv8,d128,page64,bf16[,decode|prefill]"
+    form = "b16,h32,kv8,d128,page64,bf16[,decode|prefill][,causal]"
     numbers: dict[str, int] = {"b": 1, "page": 64}
     dtype, phase = "bf16", PHASES[0]
+    features: list[str] = []
     dtypes = sorted({dtype for variant in VARIANTS for dtype in variant.dtypes})
     for word in text.split(","):
         number = re.fullmatch(r"(b|h|kv|d|page)([1-9]\d*)", word)
@@ -280,12 +303,15 @@ def parse_shape(text: str) -> Shape:
             dtype = word
         elif word in PHASES:
             phase = PHASES[PHASES.index(word)]
+        elif word in FEATURES:
+            features.append(word)
         else:
             raise UnsupportedError(f"shape {text!r}: expected {form}, got {word!r}")
     missing = [key for key in ("h", "kv", "d") if key not in numbers]
     if missing:
         raise UnsupportedError(f"shape {text!r}: expected {form}, {', '.join(missing)} is missing")
-    return Shape(numbers["h"], numbers["kv"], numbers["d"], numbers["page"], dtype, phase, numbers["b"])
+    sizes = numbers["h"], numbers["kv"], numbers["d"], numbers["page"]
+    return Shape(*sizes, dtype, phase, numbers["b"], tuple(features))
 
 
 def compiled(build_info: str) -> frozenset[str]:

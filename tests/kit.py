@@ -105,6 +105,7 @@ def attend(
     variant: str,
     rows_per_tile: int = 32,
     workspace: torch.Tensor | None = None,
+    fp32_scores: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``(out, lse)`` of the op, from buffers full of NaN: what it does not write shows.
 
@@ -139,6 +140,7 @@ def attend(
         workspace=workspace,
         max_qo_len=max(case.q_lens, default=0),
         max_kv_len=max(case.kv_lens, default=0),
+        fp32_scores=fp32_scores,
     )
     return out, lse
 
@@ -154,6 +156,7 @@ def matmuls(case: Case) -> cublaslt.Shape:
         head_dim=case.head_dim,
         fp16=case.dtype == torch.float16,
         causal=case.causal,
+        fp32_scores=True,
     )
 
 

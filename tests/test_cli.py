@@ -50,7 +50,13 @@ def test_variants_table_names_the_reasons(capsys: pytest.CaptureFixture[str]) ->
     out = capsys.readouterr().out
     assert all(variant.name in out for variant in VARIANTS)
     assert "on cuda sm_80: wmma_sm80 (64 packed queries a tile, 2 CTAs on each SM)" in out
+    assert "not measured: the first of the table that can" in out
     assert "not wgmma_sm90: requires compute capability 9.0 or newer, got 8.0" in out
+
+
+def test_variants_table_names_the_figures(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["variants", "--sm", "9.0", "--shape", "h32,kv8,d128,prefill,causal"]) == 0
+    assert "measured: 665 against 299 (wmma_sm80) and 202 (cublaslt) TFLOPS" in capsys.readouterr().out
 
 
 def test_variants_force_by_environment(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -142,6 +142,8 @@ def make_server(
     *,
     pool: Any = None,
     policy: str = "exact",
+    variant: str = "auto",
+    deterministic: bool = False,
     backends: tuple[str, str] = (plugin.BACKEND, plugin.BACKEND),
     hf_config: Any = None,
     mla: bool = False,
@@ -150,7 +152,7 @@ def make_server(
 ) -> refusals.Server:
     model = SimpleNamespace(is_encoder_decoder=encoder_decoder, hf_config=hf_config or SimpleNamespace())
     runner = SimpleNamespace(use_mla_backend=mla, model_config=model)
-    settings = config.Config(policy=policy)
+    settings = config.Config(policy=policy, variant=variant, deterministic=deterministic)
     return refusals.Server(runner, SimpleNamespace(**args), pool or make_pool(), settings, backends, plugin.BACKEND)
 
 
@@ -194,6 +196,12 @@ SERVERS = (
         lambda: make_server(hf_config=SimpleNamespace(dual_chunk_attention_config={"chunk_size": 1})),
         "dual chunk attention",
         "dual_chunk_flash_attn",
+    ),
+    Refused(
+        "cublaslt-deterministic",
+        lambda: make_server(variant="cublaslt", deterministic=True),
+        "cublaslt with deterministic",
+        "FLASHCORE_VARIANT=auto",
     ),
     Refused("dcp", lambda: make_server(dcp_size=2), "decode context parallelism (2)", "--dcp-size 1"),
     Refused("prefill-cp", lambda: make_server(enable_prefill_cp=True), "prefill context", "no --enable-prefill-cp"),

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 
+from flashcore_sglang import measured
 from flashcore_sglang.config import Config
+from flashcore_sglang.measured import CLASSES, Class, class_of
 from flashcore_sglang.variants import (
     BY_NAME,
     PHASES,
@@ -25,6 +28,7 @@ from flashcore_sglang.variants import (
     why_not,
 )
 
+RESULTS = Path(__file__).parents[1] / "scripts" / "bench" / "results"
 ALL = frozenset({"wgmma_sm90", "wmma_sm80", "cublaslt", "cpu"})
 H200 = Device("cuda", ALL, sm=(9, 0), units=132)
 A100 = Device("cuda", ALL, sm=(8, 0), units=108)
@@ -72,10 +76,66 @@ def test_a_variant_that_lacks_a_library_says_which() -> None:
 def test_choice(case: Case) -> None:
     choice = choose(case.shape, case.device)
     assert (choice.variant.name, choice.num_ctas) == (case.variant, case.ctas), choice
-    passed_over = [variant.name for variant in VARIANTS[: VARIANTS.index(choice.variant)]]
-    assert [name for name, _ in choice.reasons] == passed_over
+    known = class_of(case.shape, case.device.sm)
+    ranked = [] if known is None else list(known.ranked())
+    ranked += [variant.name for variant in VARIANTS if variant.name not in ranked]
+    assert [name for name, _ in choice.reasons] == ranked[: ranked.index(case.variant)]
     assert all(reason for _, reason in choice.reasons)
-    assert choose(case.shape, case.device, case.variant) == replace(choice, reasons=())
+    assert choose(case.shape, case.device, case.variant) == replace(choice, reasons=(), why="forced")
+
+
+@pytest.mark.parametrize("entry", CLASSES, ids=lambda entry: entry.case)
+def test_table_holds_what_was_measured(entry: Class) -> None:
+    path = RESULTS / f"h200_variants_{entry.phase}.json"
+    metric = {"TFLOPS": "tflops", "us": "time_us"}[entry.unit]
+    found = {
+        row["backend"].removeprefix("flashcore:"): round(row["value"], 0 if entry.unit == "TFLOPS" else 1)
+        for row in json.loads(path.read_text())["rows"]
+        if (row["case"], row["metric"]) == (entry.case, metric)
+    }
+    assert found == entry.figures
+
+
+def test_the_fastest_is_taken() -> None:
+    """A class in which the table's last variant wins, to see that figures decide and not the table."""
+    decode = replace(CLASSES[-1], figures={"wgmma_sm90": 20.0, "wmma_sm80": 10.0})
+    prefill = replace(CLASSES[0], figures={"wgmma_sm90": 400, "wmma_sm80": 500, "cublaslt": 600})
+    assert decode.ranked() == ("wmma_sm80", "wgmma_sm90")
+    assert prefill.ranked() == ("cublaslt", "wmma_sm80", "wgmma_sm90")
+    assert (
+        prefill.why("cublaslt")
+        == f"measured: 600 against 500 (wmma_sm80) and 400 (wgmma_sm90) TFLOPS in {prefill.case}"
+    )
+
+
+def test_figures_decide_among_those_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = Shape(32, 8, 128, 64, "bf16", "prefill", 1, ("causal",))
+    monkeypatch.setattr(measured, "CLASSES", (replace(CLASSES[3], figures={"cublaslt": 3, "wmma_sm80": 2}),))
+    assert choose(shape, H200).variant.name == "cublaslt"
+    windowed = choose(replace(shape, features=("causal", "window_left")), H200)
+    assert windowed.variant.name == "wmma_sm80"
+    assert windowed.reasons == (("cublaslt", "requires only causal|lse, got window_left"),)
+    assert choose(shape, A100).why == "not measured: the first of the table that can"
+
+
+CLASSES_OF = (
+    ("small decode", Shape(32, 8, 128, 64, batch=4), "decode/b1/ctx8192/h32kv8d128/p64"),
+    ("decode", Shape(32, 8, 128, 64, batch=5), "decode/b64/ctx8192/h32kv8d128/p64"),
+    ("decode of another head size", Shape(32, 8, 96, 64), None),
+    (
+        "prefill",
+        Shape(32, 8, 128, 64, phase="prefill", features=("causal", "lse")),
+        "prefill/b4/s8192/h32kv8d128/causal1/bf16/p64",
+    ),
+    ("not causal", Shape(16, 16, 64, 64, "fp16", "prefill"), "prefill/b16/s2048/h16kv16d64/causal0/fp16/p64"),
+)
+
+
+@pytest.mark.parametrize("name, shape, case", CLASSES_OF, ids=[case[0] for case in CLASSES_OF])
+def test_class_of_a_shape(name: str, shape: Shape, case: str | None) -> None:
+    found = class_of(shape, (9, 0))
+    assert (found and found.case) == case, name
+    assert class_of(shape, (8, 0)) is None
 
 
 REFUSED = [
@@ -163,9 +223,9 @@ def test_compiled_reads_build_info() -> None:
 
 
 def test_shape_reads_what_it_prints() -> None:
-    text = "b16,h28,kv4,d96,page16,fp16,prefill"
+    text = "b16,h28,kv4,d96,page16,fp16,prefill,causal"
     shape = parse_shape(text)
-    assert shape == Shape(28, 4, 96, 16, "fp16", "prefill", 16)
+    assert shape == Shape(28, 4, 96, 16, "fp16", "prefill", 16, ("causal",))
     assert describe(shape) == text
     assert parse_shape("h32,kv8,d128") == LLAMA
 

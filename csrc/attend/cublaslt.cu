@@ -2,8 +2,9 @@
 // heads of a KV head side by side in the rows, and one softmax kernel between them. cublaslt_schedule.h says how a
 // batch is cut.
 //
-// The traffic of S and P is what this variant takes its time for. S is in fp16 (Q and K as well), half of what fp32
-// takes, with a rounding that weighs as much as that of P in fp16. An LSE, which is asked for in fp32, takes S in fp32.
+// The traffic of S and P is what this variant takes its time for: S once written and once read, P likewise, 8 bytes a
+// score with S in fp16 (and Q and K as well), 12 with S in fp32. The rounding of S in fp16 weighs less than that of P
+// in bf16, but two to three times as much as that of P in fp16, and it grows with the logits. An LSE takes S in fp32.
 // Accumulation is fp32 throughout.
 #include <cuda_runtime.h>
 
@@ -13,6 +14,7 @@
 #include <set>
 #include <sstream>
 #include <type_traits>
+#include <vector>
 
 #include "attend/cublaslt.h"
 #include "attend/cublaslt_kernels.cuh"
@@ -36,26 +38,26 @@ void check(cudaError_t error, const char* call) {
 
 // Streams beside the caller's, made once a device. In a capture they belong to the graph until it ends: nothing else
 // may run on them meanwhile.
-class Lanes {
+class Streams {
  public:
-  static Lanes& of_current_device() {
+  static Streams& of_current_device() {
     static std::mutex mutex;
-    static std::map<int, Lanes> lanes;
+    static std::map<int, Streams> streams;
     const std::lock_guard lock(mutex);
     int device = 0;
     check(cudaGetDevice(&device), "cudaGetDevice");
-    return lanes[device];
+    return streams[device];
   }
 
-  Lanes() {
+  Streams() {
     check(cudaEventCreateWithFlags(&fork_, cudaEventDisableTiming), "cudaEventCreate");
     for (int i = 1; i < CublasLtSchedule::kMaxLanes; ++i) {
       check(cudaStreamCreateWithFlags(&streams_[i], cudaStreamNonBlocking), "cudaStreamCreate");
       check(cudaEventCreateWithFlags(&joins_[i], cudaEventDisableTiming), "cudaEventCreate");
     }
   }
-  Lanes(const Lanes&) = delete;
-  Lanes& operator=(const Lanes&) = delete;
+  Streams(const Streams&) = delete;
+  Streams& operator=(const Streams&) = delete;
 
   // Calls work(stream of each lane), ordered after what `stream` holds and before what it gets next.
   template <class Work>
@@ -161,10 +163,10 @@ unsigned blocks(int64_t items, int per_block) { return static_cast<unsigned>((it
 
 template <int kHeadDim>
 void gather(const AttendParams& p, const Unit& unit, bool to_half, cudaStream_t stream) {
-  const int group = p.num_qo_heads / p.num_kv_heads;
-  const int64_t rows = int64_t{unit.pairs} * (unit.kv_len + unit.qo_len * group);
+  const int rows = unit.kv_len + unit.qo_len * (p.num_qo_heads / p.num_kv_heads);
+  const dim3 grid(rows / cublaslt::kGatherRows, unit.pairs);
   const auto kernel = to_half ? cublaslt::gather_kernel<kHeadDim, true> : cublaslt::gather_kernel<kHeadDim, false>;
-  kernel<<<blocks(rows, kThreads * 8 / kHeadDim), kThreads, 0, stream>>>(p, unit);
+  kernel<<<grid, kThreads, 0, stream>>>(p, unit);
 }
 
 void gather(const AttendParams& p, const Unit& unit, bool to_half, cudaStream_t stream) {
@@ -190,31 +192,46 @@ void softmax(const AttendParams& p, const Unit& unit, const Chunk& chunk, cudaSt
   kernel<<<blocks(rows, kWarps), kThreads, 0, stream>>>(p, unit, chunk);
 }
 
-// One unit, from its pages to its part of the output.
 template <typename Element>
-void run_unit(const AttendParams& p, const CublasLtShape& shape, const CublasLtSchedule& schedule,
-              const Workspace& workspace, int index, cudaStream_t stream) {
+void output(const AttendParams& p, const Unit& unit, int first_query, int tokens, cudaStream_t stream) {
+  const int rows = tokens * (p.num_qo_heads / p.num_kv_heads), rows_per_cta = kThreads * 8 / p.head_dim;
+  cublaslt::output_kernel<Element>
+      <<<dim3(rows / rows_per_cta, unit.pairs), kThreads, 0, stream>>>(p, unit, first_query);
+}
+
+// A unit on its way from its pages to its part of the output.
+struct Lane {
+  Unit unit;
+  void* matmul_workspace;
+  cudaStream_t stream;
+};
+
+// Hands out the work of all lanes step by step: none waits for the host to be done with another.
+template <typename Element>
+void run_lanes(const AttendParams& p, const CublasLtShape& shape, const CublasLtSchedule& schedule,
+               const Workspace& workspace, const std::vector<Lane>& lanes) {
   const Products products{shape, schedule};
-  const Unit unit = workspace.unit(schedule, index);
-  void* matmul_workspace = workspace.matmul(schedule, index % schedule.lanes);
-  gather(p, unit, std::is_same_v<Element, __nv_bfloat16> && !shape.fp32_scores, stream);
+  const auto softmax_of = shape.fp32_scores ? softmax<Element, float> : softmax<Element, __half>;
+  for (const Lane& lane : lanes) {
+    gather(p, lane.unit, std::is_same_v<Element, __nv_bfloat16> && !shape.fp32_scores, lane.stream);
+  }
   for (int first_query = 0; first_query < schedule.qo_len; first_query += schedule.block) {
     for_each_chunk(schedule, p.causal, first_query, [&](const Chunk& chunk) {
-      run_matmul(products.qk(chunk.keys, unit.pairs),
-                 {products.queries(unit, first_query), products.keys(unit.k, chunk.key_begin),
-                  products.scores(unit, chunk.keys), p.sm_scale * kLog2E, 0.0f, matmul_workspace,
-                  workspace.matmul_bytes, stream});
-      const auto softmax_kernel = shape.fp32_scores ? softmax<Element, float> : softmax<Element, __half>;
-      softmax_kernel(p, unit, chunk, stream);
-      run_matmul(products.pv(chunk.keys, unit.pairs),
-                 {products.probabilities(unit, chunk.keys), products.keys(unit.v, chunk.key_begin),
-                  products.output(unit, first_query), 1.0f, chunk.first ? 0.0f : 1.0f, matmul_workspace,
-                  workspace.matmul_bytes, stream});
+      for (const auto& [unit, matmul_workspace, stream] : lanes) {
+        run_matmul(products.qk(chunk.keys, unit.pairs),
+                   {products.queries(unit, first_query), products.keys(unit.k, chunk.key_begin),
+                    products.scores(unit, chunk.keys), p.sm_scale * kLog2E, 0.0f, matmul_workspace,
+                    workspace.matmul_bytes, stream});
+        softmax_of(p, unit, chunk, stream);
+        run_matmul(products.pv(chunk.keys, unit.pairs),
+                   {products.probabilities(unit, chunk.keys), products.keys(unit.v, chunk.key_begin),
+                    products.output(unit, first_query), 1.0f, chunk.first ? 0.0f : 1.0f, matmul_workspace,
+                    workspace.matmul_bytes, stream});
+      }
     });
     const int end = first_query + schedule.block, open = first_query % schedule.span + schedule.block;
     if (open < schedule.span && end < schedule.qo_len) continue;
-    const unsigned ctas = blocks(int64_t{unit.pairs} * open * shape.group, kWarps);
-    cublaslt::output_kernel<Element><<<ctas, kThreads, 0, stream>>>(p, unit, end - open, open);
+    for (const Lane& lane : lanes) output<Element>(p, lane.unit, end - open, open, lane.stream);
   }
 }
 
@@ -237,9 +254,9 @@ Workspace workspace_of(const CublasLtSchedule& schedule, void* data, int64_t byt
   return {static_cast<char*>(data), (bytes - schedule.bytes()) / schedule.lanes / 256 * 256};
 }
 
-// Adds the algorithms of the matmuls of `shape` to `found`.
-void plan_matmuls(const CublasLtShape& shape, void* data, int64_t bytes, int64_t matmul_bytes, const Algorithms& known,
-                  cudaStream_t stream, Algorithms& found) {
+// The algorithms of the matmuls of `shape`.
+Algorithms plan_matmuls(const CublasLtShape& shape, void* data, int64_t bytes, int64_t matmul_bytes,
+                        const Algorithms& known, bool measure, cudaStream_t stream) {
   const CublasLtSchedule schedule(shape);
   const Workspace workspace = workspace_of(schedule, data, bytes);
   require(workspace.matmul_bytes >= matmul_bytes, "cublaslt", "workspace: expected ", matmul_bytes,
@@ -247,14 +264,19 @@ void plan_matmuls(const CublasLtShape& shape, void* data, int64_t bytes, int64_t
           "; allocate what cublaslt_workspace says");
   const Products products{shape, schedule};
   const Unit unit = workspace.unit(schedule, 0);
+  Algorithms found;
   const auto plan = [&](const MatmulShape& matmul, const MatmulArg& a, const MatmulArg& b, const MatmulArg& d) {
-    if (found.contains(matmul.text())) return;
-    const int64_t count = schedule.o / 2;  // everything before O, in halves
-    const bool bf16 = shape.dtype == DType::bf16;
-    if (bf16) cublaslt::noise_kernel<<<1024, kThreads, 0, stream>>>(static_cast<__nv_bfloat16*>(unit.q), count);
-    if (!bf16) cublaslt::noise_kernel<<<1024, kThreads, 0, stream>>>(static_cast<__half*>(unit.q), count);
-    found[matmul.text()] =
-        plan_matmul(matmul, {a, b, d, 1.0f, 0.0f, workspace.matmul(schedule, 0), matmul_bytes, stream}, known);
+    const std::string name = matmul.text();
+    if (found.contains(name)) return;
+    if (measure) {                           // random data: matrix units run faster on zeros
+      const int64_t count = schedule.o / 2;  // everything before O, in halves
+      const bool bf16 = shape.dtype == DType::bf16;
+      if (bf16) cublaslt::noise_kernel<<<1024, kThreads, 0, stream>>>(static_cast<__nv_bfloat16*>(unit.q), count);
+      if (!bf16) cublaslt::noise_kernel<<<1024, kThreads, 0, stream>>>(static_cast<__half*>(unit.q), count);
+    }
+    const MatmulArgs args{a, b, d, 1.0f, 0.0f, workspace.matmul(schedule, 0), matmul_bytes, stream};
+    const std::string algorithm = plan_matmul(matmul, args, known, measure);
+    if (!algorithm.empty()) found[name] = algorithm;
   };
   for (const int pairs : std::set<int>{schedule.pairs_of(0), schedule.pairs_of(schedule.num_units - 1)}) {
     for (int first_query = 0; first_query < schedule.qo_len; first_query += schedule.block) {
@@ -266,6 +288,7 @@ void plan_matmuls(const CublasLtShape& shape, void* data, int64_t bytes, int64_t
       });
     }
   }
+  return found;
 }
 
 }  // namespace
@@ -274,27 +297,18 @@ void plan_matmuls(const CublasLtShape& shape, void* data, int64_t bytes, int64_t
 // interface
 
 int64_t cublaslt_workspace_bytes(const CublasLtShape& shape, int64_t matmul_bytes) {
-  int64_t bytes = 0;
-  for (const int fp32_scores : {0, 1}) {
-    CublasLtShape either = shape;
-    either.fp32_scores = fp32_scores;
-    const CublasLtSchedule schedule(either);
-    bytes = std::max(bytes, schedule.bytes() + schedule.lanes * ((matmul_bytes + 255) / 256 * 256));
-  }
-  return bytes;
+  const CublasLtSchedule schedule(shape);
+  return schedule.bytes() + schedule.lanes * ((matmul_bytes + 255) / 256 * 256);
 }
 
-std::string plan_cublaslt(CublasLtShape shape, void* workspace, int64_t workspace_bytes, int64_t matmul_bytes,
-                          const std::string& known, void* stream) {
-  Lanes::of_current_device();
-  const Algorithms algorithms = parse(known);
-  Algorithms found;
-  for (const int fp32_scores : {1, 0}) {
-    shape.fp32_scores = fp32_scores;
-    plan_matmuls(shape, workspace, workspace_bytes, matmul_bytes, algorithms, static_cast<cudaStream_t>(stream), found);
-  }
+std::string plan_cublaslt(const CublasLtShape& shape, void* workspace, int64_t workspace_bytes, int64_t matmul_bytes,
+                          const std::string& known, bool measure, void* stream) {
+  Streams::of_current_device();
   std::string lines;
-  for (const auto& [matmul, algorithm] : found) lines += matmul + "=" + algorithm + "\n";
+  for (const auto& [matmul, algorithm] : plan_matmuls(shape, workspace, workspace_bytes, matmul_bytes, parse(known),
+                                                      measure, static_cast<cudaStream_t>(stream))) {
+    lines += matmul + "=" + algorithm + "\n";
+  }
   return lines;
 }
 
@@ -305,16 +319,23 @@ int run_attend_cublaslt(const AttendParams& p) {
           "; use another variant");
   require(p.workspace != nullptr && p.max_qo_len > 0, "cublaslt",
           "expected a workspace and the lengths of the longest requests, got none; call cublaslt_plan first");
-  const CublasLtShape shape{p.batch,    p.max_qo_len, p.max_kv_len, p.num_kv_heads,  p.num_qo_heads / p.num_kv_heads,
-                            p.head_dim, p.dtype,      p.causal,     p.lse != nullptr};
+  require(p.fp32_scores || p.lse == nullptr, "cublaslt",
+          "expected scores in fp32 for an LSE, got fp16; plan and run with fp32_scores");
+  const CublasLtShape shape{p.batch,    p.max_qo_len, p.max_kv_len, p.num_kv_heads, p.num_qo_heads / p.num_kv_heads,
+                            p.head_dim, p.dtype,      p.causal,     p.fp32_scores};
   const CublasLtSchedule schedule(shape);
   const Workspace workspace = workspace_of(schedule, p.workspace, p.workspace_bytes);
-  Lanes::of_current_device().run(static_cast<cudaStream_t>(p.stream), schedule.lanes, [&](const cudaStream_t* streams) {
-    for (int index = 0; index < schedule.num_units; ++index) {
-      const auto run = bf16 ? run_unit<__nv_bfloat16> : run_unit<__half>;
-      run(p, shape, schedule, workspace, index, streams[index % schedule.lanes]);
-    }
-  });
+  Streams::of_current_device().run(
+      static_cast<cudaStream_t>(p.stream), schedule.lanes, [&](const cudaStream_t* streams) {
+        for (int first = 0; first < schedule.num_units; first += schedule.lanes) {
+          std::vector<Lane> lanes;
+          for (int i = 0; i < std::min(schedule.lanes, schedule.num_units - first); ++i) {
+            lanes.push_back({workspace.unit(schedule, first + i), workspace.matmul(schedule, i), streams[i]});
+          }
+          const auto run = bf16 ? run_lanes<__nv_bfloat16> : run_lanes<__half>;
+          run(p, shape, schedule, workspace, lanes);
+        }
+      });
   return cudaGetLastError();
 }
 

@@ -17,9 +17,10 @@ int64_t cublaslt_version();
 // Bytes of AttendParams::workspace, `matmul_bytes` for the matmuls of each lane included.
 int64_t cublaslt_workspace_bytes(const CublasLtShape& shape, int64_t matmul_bytes);
 
-// Finds an algorithm for every matmul of the shape, with fp32 scores and with fp16 ones: that of `known`, else the
-// fastest. `known` and the result are lines "matmul=algorithm". Writes to the workspace and waits for the device.
-std::string plan_cublaslt(CublasLtShape shape, void* workspace, int64_t workspace_bytes, int64_t matmul_bytes,
-                          const std::string& known, void* stream);
+// Finds an algorithm for every matmul of the shape: that of `known`, else with `measure` the fastest, which overwrites
+// the workspace and waits for the device, without it the one that cuBLASLt would take. `known` and the result are lines
+// "matmul=algorithm"; the result has what is known or measured.
+std::string plan_cublaslt(const CublasLtShape& shape, void* workspace, int64_t workspace_bytes, int64_t matmul_bytes,
+                          const std::string& known, bool measure, void* stream);
 
 }  // namespace flashcore

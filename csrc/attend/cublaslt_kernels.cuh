@@ -11,6 +11,7 @@
 
 #include <cstdint>
 
+#include "attend/cublaslt_schedule.h"
 #include "device/math.cuh"
 #include "params.h"
 
@@ -64,46 +65,53 @@ struct Request {
 
 // K and V out of their pages, q out of its tokens; zeros in the padding, so that no product is NaN there. kToHalf: Q
 // and K from bf16 to fp16, so that S can be in fp16, whose rounding is finer than that of P in bf16.
+// Grid: (groups of kGatherRows rows of a pair, first the keys, then the queries; pairs).
+constexpr int kGatherRows = CublasLtSchedule::kGrain;
+
 template <int kHeadDim, bool kToHalf>
 __global__ void __launch_bounds__(kThreads)
     gather_kernel(const __grid_constant__ AttendParams p, const __grid_constant__ Unit unit) {
   constexpr int kVectors = kHeadDim / 8;  // of 16 bytes, a thread each
-  const int64_t row = (int64_t{blockIdx.x} * kThreads + threadIdx.x) / kVectors;
-  const int at = threadIdx.x % kVectors;
-  const int group = p.num_qo_heads / p.num_kv_heads;
-  const int64_t keys = int64_t{unit.pairs} * unit.kv_len, queries = int64_t{unit.pairs} * unit.qo_len * group;
+  constexpr int kStep = kThreads / kVectors, kSteps = kGatherRows / kStep;
+  const int pair = blockIdx.y, at = 8 * (threadIdx.x % kVectors), group = p.num_qo_heads / p.num_kv_heads;
+  const int first = blockIdx.x * kGatherRows + threadIdx.x / kVectors;
+  const Request request(p, unit, pair);
   const auto load = [at](const void* base, int64_t offset) {
-    return *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(base) + offset + 8 * at);
+    return *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(base) + offset + at);
   };
   const auto store = [at](void* base, int64_t row, uint4 value) {
-    *reinterpret_cast<uint4*>(static_cast<uint16_t*>(base) + row * kHeadDim + 8 * at) = value;
+    *reinterpret_cast<uint4*>(static_cast<uint16_t*>(base) + row * kHeadDim + at) = value;
   };
   const auto convert = [](uint4 x) {
     if constexpr (!kToHalf) return x;
     return make_uint4(half_of_bf16(x.x), half_of_bf16(x.y), half_of_bf16(x.z), half_of_bf16(x.w));
   };
-  if (row < keys) {
-    const int pair = static_cast<int>(row / unit.kv_len);
-    const Request request(p, unit, pair);
-    const int key = static_cast<int>(row % unit.kv_len) - request.kv_pad;
-    uint4 k{}, v{};
-    if (key >= 0) {
+  if (first < unit.kv_len) {
+    uint4 k[kSteps] = {}, v[kSteps] = {};
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) {
+      const int key = first + i * kStep - request.kv_pad;
+      if (key < 0) continue;
       const int64_t page = p.plan.kv_indices[request.page_begin + key / p.page_size];
-      const int token = key % p.page_size;
-      k = load(p.k, page * p.k_stride_page + token * p.k_stride_token + request.kv_head * p.k_stride_head);
-      v = load(p.v, page * p.v_stride_page + token * p.v_stride_token + request.kv_head * p.v_stride_head);
+      const int64_t token = key % p.page_size;
+      k[i] = load(p.k, page * p.k_stride_page + token * p.k_stride_token + request.kv_head * p.k_stride_head);
+      v[i] = load(p.v, page * p.v_stride_page + token * p.v_stride_token + request.kv_head * p.v_stride_head);
     }
-    store(unit.k, row, convert(k));
-    store(unit.v, row, v);
-  } else if (row < keys + queries) {
-    const int64_t packed = row - keys;
-    const int pair = static_cast<int>(packed / (unit.qo_len * group));
-    const Request request(p, unit, pair);
-    const int in_pair = static_cast<int>(packed % (unit.qo_len * group));
-    const int token = in_pair / group - request.qo_pad, head = request.kv_head * group + in_pair % group;
-    uint4 q{};
-    if (token >= 0) q = load(p.q, (request.qo_begin + token) * p.q_stride_token + head * p.q_stride_head);
-    store(unit.q, packed, convert(q));
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) {
+      const int64_t row = int64_t{pair} * unit.kv_len + first + i * kStep;
+      store(unit.k, row, convert(k[i]));
+      store(unit.v, row, v[i]);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) {
+      const int row = first + i * kStep - unit.kv_len, token = row / group - request.qo_pad;
+      const int64_t head = request.kv_head * group + row % group;
+      uint4 q{};
+      if (token >= 0) q = load(p.q, (request.qo_begin + token) * p.q_stride_token + head * p.q_stride_head);
+      store(unit.q, int64_t{pair} * unit.qo_len * group + row, convert(q));
+    }
   }
 }
 
@@ -155,14 +163,12 @@ struct Vector<__half> {
     const __half2 pair = __hmin2(__hmax2(__hmax2(at(0), at(1)), __hmax2(at(2), at(3))), largest());
     return fmaxf(__low2float(pair), __high2float(pair));
   }
-  // In fp16, as both are: the difference is rounded less than the score was, where it matters, near the maximum.
   __device__ __forceinline__ void minus(float base, float (&x)[kSize]) const {
-    const __half2 base2 = __float2half2_rn(base);
 #pragma unroll
     for (int i = 0; i < kSize / 2; ++i) {
-      const float2 difference = __half22float2(__hsub2(__hmin2_nan(at(i), largest()), base2));
-      x[2 * i] = difference.x;
-      x[2 * i + 1] = difference.y;
+      const float2 pair = __half22float2(__hmin2_nan(at(i), largest()));
+      x[2 * i] = pair.x - base;
+      x[2 * i + 1] = pair.y - base;
     }
   }
 
@@ -255,28 +261,25 @@ __global__ void __launch_bounds__(kThreads)
 // ----------------------------------------------------------------------------------------------------------------
 // output
 
+// O / l of `tokens` query tokens of each pair, 8 elements a thread. Grid: (groups of rows of a pair, pairs).
 template <typename Element>
 __global__ void __launch_bounds__(kThreads)
-    output_kernel(const __grid_constant__ AttendParams p, const __grid_constant__ Unit unit, int first_query,
-                  int tokens) {
-  const int lane = threadIdx.x % 32;
-  const int group = p.num_qo_heads / p.num_kv_heads, rows = tokens * group;
-  const int row = blockIdx.x * kWarps + threadIdx.x / 32;
-  if (row >= unit.pairs * rows) return;
-  const Request request(p, unit, row / rows);
-  const int query = first_query + row % rows / group;
-  if (query < request.qo_pad) return;
-  const int64_t item =
-      int64_t{request.qo_begin + query - request.qo_pad} * p.num_qo_heads + request.kv_head * group + row % group;
-  const int64_t open_row = int64_t{row / rows} * unit.span * group + row % rows;
+    output_kernel(const __grid_constant__ AttendParams p, const __grid_constant__ Unit unit, int first_query) {
+  const int vectors = p.head_dim / 8, group = p.num_qo_heads / p.num_kv_heads, pair = blockIdx.y;
+  const int row = blockIdx.x * (kThreads / vectors) + threadIdx.x / vectors, at = 8 * (threadIdx.x % vectors);
+  const int64_t open_row = int64_t{pair} * unit.span * group + row;
+  const auto* o = reinterpret_cast<const float4*>(unit.o + open_row * p.head_dim + at);
+  const float4 low = o[0], high = o[1];
   const float sum = unit.sum[open_row];
-  const float normalise = sum > 0.0f ? 1.0f / sum : 0.0f;
-  for (int d = 4 * lane; d < p.head_dim; d += 128) {
-    const float4 o = *reinterpret_cast<const float4*>(unit.o + open_row * p.head_dim + d);
-    const float x[4] = {o.x * normalise, o.y * normalise, o.z * normalise, o.w * normalise};
-    store_half(static_cast<Element*>(p.out) + item * p.head_dim + d, x);
-  }
-  if (p.lse != nullptr && lane == 0) p.lse[item] = sum > 0.0f ? unit.max[open_row] + log2f(sum) : -INFINITY;
+  const Request request(p, unit, pair);
+  const int token = first_query + row / group - request.qo_pad;
+  if (token < 0) return;
+  const int64_t item = int64_t{request.qo_begin + token} * p.num_qo_heads + request.kv_head * group + row % group;
+  const float scale = sum > 0.0f ? 1.0f / sum : 0.0f;
+  const float x[8] = {low.x * scale,  low.y * scale,  low.z * scale,  low.w * scale,
+                      high.x * scale, high.y * scale, high.z * scale, high.w * scale};
+  store_half(static_cast<Element*>(p.out) + item * p.head_dim + at, x);
+  if (p.lse != nullptr && at == 0) p.lse[item] = sum > 0.0f ? unit.max[open_row] + log2f(sum) : -INFINITY;
 }
 
 // ----------------------------------------------------------------------------------------------------------------

@@ -130,9 +130,14 @@ struct Descriptors {
 // ---------------------------------------------------------------------------------------------------------------
 // devices
 
+struct Planned {
+  cublasLtMatmulAlgo_t algorithm;
+  std::string configuration;  // empty: the heuristic's first, which nobody has measured
+};
+
 struct Device {
   cublasLtHandle_t handle = nullptr;
-  std::map<MatmulShape, cublasLtMatmulAlgo_t> plans;
+  std::map<MatmulShape, Planned> plans;
 };
 
 std::mutex g_mutex;  // of the map and of the plans in it
@@ -261,12 +266,12 @@ std::string MatmulShape::text() const {
          std::to_string(inner) + "x" + std::to_string(count);
 }
 
-std::string plan_matmul(const MatmulShape& shape, const MatmulArgs& args, const Algorithms& known) {
+std::string plan_matmul(const MatmulShape& shape, const MatmulArgs& args, const Algorithms& known, bool measure) {
   require(cublaslt_missing() == nullptr, "cublaslt", library().missing);
   const std::lock_guard lock(g_mutex);
   Device& device = device_of(shape);
   if (const auto planned = device.plans.find(shape); planned != device.plans.end()) {
-    return configuration(planned->second);
+    if (!measure || !planned->second.configuration.empty()) return planned->second.configuration;
   }
   const Descriptors desc(shape, args);
   const std::vector<cublasLtMatmulAlgo_t> algorithms = candidates(device.handle, shape, desc, args.workspace_bytes);
@@ -274,9 +279,13 @@ std::string plan_matmul(const MatmulShape& shape, const MatmulArgs& args, const 
     const auto same = std::find_if(algorithms.begin(), algorithms.end(),
                                    [&](const auto& algorithm) { return configuration(algorithm) == entry->second; });
     if (same != algorithms.end()) {
-      device.plans[shape] = *same;
+      device.plans[shape] = {*same, entry->second};
       return entry->second;
     }
+  }
+  if (!measure) {
+    device.plans[shape] = {algorithms.front(), ""};
+    return "";
   }
   const Timer timer;
   float best = FLT_MAX;
@@ -290,8 +299,8 @@ std::string plan_matmul(const MatmulShape& shape, const MatmulArgs& args, const 
   }
   require(fastest != nullptr, "cublaslt", shape.text(), ": expected one of ", algorithms.size(),
           " candidates to run, none did; use another variant");
-  device.plans[shape] = *fastest;
-  return configuration(*fastest);
+  device.plans[shape] = {*fastest, configuration(*fastest)};
+  return device.plans[shape].configuration;
 }
 
 void run_matmul(const MatmulShape& shape, const MatmulArgs& args) {
@@ -305,7 +314,7 @@ void run_matmul(const MatmulShape& shape, const MatmulArgs& args) {
         planned != device.plans.end(), "cublaslt", shape.text(),
         ": expected a planned product, got one that was not; call cublaslt_plan with this batch's longest requests");
     handle = device.handle;
-    algorithm = planned->second;
+    algorithm = planned->second.algorithm;
   }
   check(matmul(handle, Descriptors(shape, args), args, algorithm), "cublasLtMatmul", shape);
 }

@@ -44,9 +44,10 @@ struct MatmulArgs {
 
 using Algorithms = std::map<std::string, std::string>;  // MatmulShape::text() -> configuration of the algorithm
 
-// Makes `shape` ready on the current device. Takes the algorithm that `known` names where the heuristic still proposes
-// it, else times every candidate on `args`, which it overwrites, and waits for the device. Returns the configuration.
-std::string plan_matmul(const MatmulShape& shape, const MatmulArgs& args, const Algorithms& known);
+// Makes `shape` ready on the current device, with the algorithm that `known` names where the heuristic still proposes
+// it. Else with `measure` it times every candidate on `args`, which it overwrites, and waits for the device; without,
+// it takes the heuristic's first. Returns the configuration, empty where it was neither known nor measured.
+std::string plan_matmul(const MatmulShape& shape, const MatmulArgs& args, const Algorithms& known, bool measure);
 
 // A planned product: neither allocates nor asks the heuristic.
 void run_matmul(const MatmulShape& shape, const MatmulArgs& args);

@@ -2,8 +2,8 @@
 //
 // Every (request, KV head) is a pair, padded at the front to the longest request, so that the last query of every pair
 // stands before its last key: which keys a block of queries can see is then the same for all pairs. A unit is as many
-// pairs as the scratch for scores holds. Units take turns on the lanes (streams, each with its own scratch), so that
-// the matmuls of one overlap the softmax of another.
+// pairs as the scratch for scores holds. As many units as there are lanes (streams, each with its own scratch) go side
+// by side, so that the matmuls of one overlap the softmax of another.
 //
 //   for unit: gather Q, K, V
 //     for span of queries: { for block of the span, for chunk of keys: S = Q K^T, softmax, O += P V }; out = O / l
@@ -25,12 +25,17 @@ struct CublasLtShape {
 };
 
 struct CublasLtSchedule {
+  static constexpr int kGrain = 64;  // every length is a multiple of it: few matmul shapes, aligned rows
   static constexpr int kMaxLanes = 2;
   static constexpr int kMaxChunk = 4096;  // keys whose scores a warp of the softmax holds
-  static constexpr int kSpan = 4;         // blocks whose output is written at once
-  // Scores of a lane. On an H200, whose L2 has 50 MB, larger chunks win over resident ones, because they are fewer
-  // launches: B16 H16 S2048 D64 took 2.82 ms with 64 MB, 2.68 with 128, and with 16 it is launches that take the time.
-  static constexpr int64_t kScoreBytes = 128 << 20;
+  static constexpr int kMaxBlock = 1024;  // query tokens
+  // Causal: an eighth of the queries, so that little of what the mask hides is computed.
+  static constexpr int kCausalBlocks = 8, kMaxCausalBlock = 512;
+  static constexpr int kSpan = 4;  // blocks whose output is written at once
+  // Scores of a lane. On an H200 chunks that stay in its L2 of 50 MB (16 MB on each of two lanes) lose to large ones,
+  // because they are three launches for each 19 us: B16 H16 S2048 D64 takes 2.7 ms with 16 MB, 2.5 with 128, 2.4 with
+  // 256.
+  static constexpr int64_t kScoreBytes = 256 << 20;
 
   int32_t qo_len, kv_len;                 // of a pair, padded
   int32_t offset;                         // causal: the query at padded index i sees keys up to padded index offset + i
@@ -39,13 +44,17 @@ struct CublasLtSchedule {
   int64_t q, k, v, scores, o, max, sum, lane_bytes;  // offsets in the scratch of a lane, in bytes
 
   explicit CublasLtSchedule(const CublasLtShape& shape) {
-    block = 64;
-    // Causal: an eighth of the queries, so that little of what the mask hides is computed.
-    while (block < (shape.causal ? 512 : 1024) && (shape.causal ? 8 : 4) * block < shape.max_qo_len) block *= 2;
-    qo_len = round_up(std::max(shape.max_qo_len, 1), block);
+    const int queries = std::max(shape.max_qo_len, 1);
+    if (shape.causal) {
+      block = kGrain;
+      while (block < kMaxCausalBlock && kCausalBlocks * block < queries) block *= 2;
+    } else {
+      block = round_up(ceil_div(queries, ceil_div(queries, kMaxBlock)), kGrain);
+    }
+    qo_len = round_up(queries, block);
     // A whole number of blocks before the first query: chunks then end where the causal mask ends.
-    offset = round_up(std::max(shape.max_kv_len - shape.max_qo_len, 0), block);
-    kv_len = shape.causal ? offset + qo_len : round_up(std::max(shape.max_kv_len, 1), 64);
+    const int prefix = round_up(std::max(shape.max_kv_len - shape.max_qo_len, 0), block);
+    kv_len = shape.causal ? prefix + qo_len : round_up(std::max(shape.max_kv_len, 1), kGrain);
     offset = kv_len - qo_len;
     chunk = std::min(kv_len, kMaxChunk);
     span = std::min(qo_len, kSpan * block);
@@ -53,9 +62,8 @@ struct CublasLtSchedule {
     const int64_t rows = int64_t{block} * shape.group;
     const int64_t pair_bytes = rows * chunk * (shape.fp32_scores ? 4 : 2);
     const auto most = static_cast<int32_t>(std::clamp<int64_t>(kScoreBytes / pair_bytes, 1, 32768));
-    num_units = ceil_div(pairs, most);
-    lanes = std::min(num_units, kMaxLanes);
-    num_units = std::min(round_up(num_units, lanes), pairs);
+    lanes = pairs * pair_bytes > kScoreBytes / 4 ? std::min(pairs, kMaxLanes) : 1;
+    num_units = std::min(round_up(ceil_div(pairs, most), lanes), pairs);
     unit = ceil_div(pairs, num_units);
     num_units = ceil_div(pairs, unit);
 

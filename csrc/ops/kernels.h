@@ -30,6 +30,7 @@ FLASHCORE_WEAK(run_merge_cpu, AttendParams);
 const char* cublaslt_missing() __attribute__((weak));
 int64_t cublaslt_version() __attribute__((weak));
 int64_t cublaslt_workspace_bytes(const CublasLtShape&, int64_t) __attribute__((weak));
-std::string plan_cublaslt(CublasLtShape, void*, int64_t, int64_t, const std::string&, void*) __attribute__((weak));
+std::string plan_cublaslt(const CublasLtShape&, void*, int64_t, int64_t, const std::string&, bool, void*)
+    __attribute__((weak));
 
 }  // namespace flashcore

@@ -24,7 +24,7 @@ void attend(const Tensor& q_tensor, const Tensor& k_cache, const Tensor& v_cache
             const Tensor& partial_o, const Tensor& partial_lse, const Tensor& out_tensor,
             const std::optional<Tensor>& lse_tensor, int64_t rows_per_tile, double sm_scale, bool causal,
             int64_t window_left, double logits_soft_cap, bool decode, const std::string& variant,
-            const std::optional<Tensor>& workspace, int64_t max_qo_len, int64_t max_kv_len);
+            const std::optional<Tensor>& workspace, int64_t max_qo_len, int64_t max_kv_len, bool fp32_scores);
 
 void summarize(const Tensor& k_cache, const Tensor& kv_indptr, const Tensor& kv_indices, const Tensor& last_page_len,
                const Tensor& first_page, int64_t max_columns, int64_t summary_kind, const Tensor& summaries);
@@ -35,11 +35,11 @@ void select(const Tensor& q_tensor, const Tensor& k_cache, const std::vector<Ten
             int64_t budget_share, int64_t list_pages, int64_t sparse_begin);
 
 int64_t cublaslt_workspace(int64_t batch, int64_t max_qo_len, int64_t max_kv_len, int64_t num_kv_heads, int64_t group,
-                           int64_t head_dim, bool fp16, bool causal, int64_t matmul_bytes);
+                           int64_t head_dim, bool fp16, bool causal, bool fp32_scores, int64_t matmul_bytes);
 
 std::string cublaslt_plan(const Tensor& workspace, int64_t batch, int64_t max_qo_len, int64_t max_kv_len,
                           int64_t num_kv_heads, int64_t group, int64_t head_dim, bool fp16, bool causal,
-                          int64_t matmul_bytes, const std::string& known);
+                          bool fp32_scores, int64_t matmul_bytes, const std::string& known, bool measure);
 
 std::string build_info();
 

@@ -3,7 +3,7 @@
 //   g++ -std=c++20 -O2 -I csrc -isystem $CUBLAS -c csrc/attend/cublaslt_matmul.cpp -o cublaslt_matmul.o
 //   nvcc -std=c++20 -O3 -gencode arch=compute_90,code=sm_90 --expt-relaxed-constexpr -cudart static -I csrc
 //        scripts/bench/gpu_cublaslt_test.cu csrc/attend/cublaslt.cu cublaslt_matmul.o -ldl -o gpu_cublaslt_test
-// Run: gpu_cublaslt_test check | gpu_cublaslt_test time
+// Run: gpu_cublaslt_test check | gpu_cublaslt_test time | gpu_cublaslt_test once (for a profiler)
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -143,7 +143,7 @@ struct Problem {
   }
 };
 
-void build(Problem& problem, const Case& c, std::string& known) {
+void build(Problem& problem, const Case& c, bool fp32_scores, std::string& known) {
   const int batch = c.q_lens.size();
   std::vector<int> qo_indptr = {0}, kv_indptr = {0}, last_page_len;
   for (int r = 0; r < batch; ++r) {
@@ -196,22 +196,16 @@ void build(Problem& problem, const Case& c, std::string& known) {
   CUDA_CHECK(cudaMemset(k, 0xFF, page * 2));  // page 0 is nobody's: NaN
   CUDA_CHECK(cudaMemset(v, 0xFF, page * 2));
   p.out = problem.alloc<uint16_t>(q_count);
-  p.lse = problem.alloc<float>(q_count / c.head_dim);
+  p.lse = fp32_scores ? problem.alloc<float>(q_count / c.head_dim) : nullptr;
 
-  const CublasLtShape shape{p.batch,
-                            p.max_qo_len,
-                            p.max_kv_len,
-                            p.num_kv_heads,
-                            p.num_qo_heads / p.num_kv_heads,
-                            p.head_dim,
-                            p.dtype,
-                            p.causal,
-                            0};
+  p.fp32_scores = fp32_scores;
+  const CublasLtShape shape{p.batch,    p.max_qo_len, p.max_kv_len, p.num_kv_heads, p.num_qo_heads / p.num_kv_heads,
+                            p.head_dim, p.dtype,      p.causal,     p.fp32_scores};
   p.workspace_bytes = cublaslt_workspace_bytes(shape, kMatmulBytes);
   p.workspace = problem.alloc<char>(p.workspace_bytes);
   CUDA_CHECK(cudaDeviceSynchronize());
   const auto begin = std::chrono::steady_clock::now();
-  known += plan_cublaslt(shape, p.workspace, p.workspace_bytes, kMatmulBytes, known, nullptr);
+  known += plan_cublaslt(shape, p.workspace, p.workspace_bytes, kMatmulBytes, known, true, nullptr);
   problem.plan_seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
   CUDA_CHECK(cudaMemset(p.workspace, 0xFF, p.workspace_bytes));
 }
@@ -226,25 +220,23 @@ float element(uint16_t bits, DType dtype) {
   return x;
 }
 
-// Compares every `stride`-th (token, head), with the LSE (fp32 scores) or without (fp16 scores).
-bool check(const Case& c, bool with_lse, int stride, std::string& known) {
+// Compares every `stride`-th (token, head); the LSE too where scores are in fp32.
+bool check(const Case& c, bool fp32_scores, int stride, std::string& known) {
   Problem problem;
-  build(problem, c, known);
-  AttendParams p = problem.p;
+  build(problem, c, fp32_scores, known);
+  const AttendParams& p = problem.p;
   const int64_t items = int64_t{p.num_tokens} * p.num_qo_heads, count = items * p.head_dim;
   const int64_t sampled = (items + stride - 1) / stride;
-  float* lse_data = p.lse;
-  if (!with_lse) p.lse = nullptr;
   std::vector<uint16_t> out(count), again(count);
   for (auto* result : {&out, &again}) {
     CUDA_CHECK(cudaMemset(p.out, 0xFF, count * 2));
-    CUDA_CHECK(cudaMemset(lse_data, 0xFF, items * 4));
+    if (fp32_scores) CUDA_CHECK(cudaMemset(p.lse, 0xFF, items * 4));
     CUDA_CHECK(run_attend_cublaslt(p));
     CUDA_CHECK(cudaDeviceSynchronize());
     CUDA_CHECK(cudaMemcpy(result->data(), p.out, count * 2, cudaMemcpyDeviceToHost));
   }
   std::vector<float> lse(items);
-  CUDA_CHECK(cudaMemcpy(lse.data(), lse_data, items * 4, cudaMemcpyDeviceToHost));
+  if (fp32_scores) CUDA_CHECK(cudaMemcpy(lse.data(), p.lse, items * 4, cudaMemcpyDeviceToHost));
   double* ref_out = problem.alloc<double>(sampled * p.head_dim);
   double* ref_lse = problem.alloc<double>(sampled);
   const int* requests = problem.upload(problem.token_request);
@@ -256,9 +248,9 @@ bool check(const Case& c, bool with_lse, int stride, std::string& known) {
   CUDA_CHECK(cudaMemcpy(expected.data(), ref_out, expected.size() * 8, cudaMemcpyDeviceToHost));
   CUDA_CHECK(cudaMemcpy(expected_lse.data(), ref_lse, sampled * 8, cudaMemcpyDeviceToHost));
 
-  // The rounding of the output alone is u / sqrt(3) of each element in the mean; P's rounding adds as much, and so does
-  // that of S in fp16.
-  const double unit = c.dtype == DType::bf16 ? 1.0 / 256 : (with_lse ? 1.0 : 1.5) / 2048;
+  // The rounding of the output alone is u / sqrt(3) of each element in the mean; that of P adds as much, and that of S
+  // in fp16 twice as much as P's.
+  const double unit = c.dtype == DType::bf16 ? 1.0 / 256 : (fp32_scores ? 1.0 : 1.5) / 2048;
   double error = 0.0, norm = 0.0, worst = 0.0, worst_lse = 0.0;
   bool finite = std::all_of(out.begin(), out.end(), [&](uint16_t x) { return std::isfinite(element(x, c.dtype)); });
   for (int64_t i = 0; i < sampled; ++i) {
@@ -269,14 +261,14 @@ bool check(const Case& c, bool with_lse, int stride, std::string& known) {
       norm += truth * truth;
       worst = std::max(worst, std::abs(difference));
     }
-    if (!with_lse || (std::isinf(expected_lse[i]) && lse[i * stride] == expected_lse[i])) continue;
+    if (!fp32_scores || (std::isinf(expected_lse[i]) && lse[i * stride] == expected_lse[i])) continue;
     const double difference = std::abs(lse[i * stride] - expected_lse[i]);
     worst_lse = std::isnan(difference) ? INFINITY : std::max(worst_lse, difference);
   }
   const double relative = std::sqrt(error / std::max(norm, 1e-30));
   const bool same = out == again, good = finite && same && relative < unit && worst_lse < 1e-4;
-  std::printf("%-44s %-7s error %.2e max %.1e lse %.1e plan %4.0f ms %s%s%s\n", c.name.c_str(),
-              with_lse ? "lse" : "no lse", relative, worst, worst_lse, problem.plan_seconds * 1e3,
+  std::printf("%-44s %s scores error %.2e max %.1e lse %.1e plan %4.0f ms %s%s%s\n", c.name.c_str(),
+              fp32_scores ? "fp32" : "fp16", relative, worst, worst_lse, problem.plan_seconds * 1e3,
               good ? "ok" : "FAILED", finite ? "" : " (not finite)", same ? "" : " (runs differ)");
   std::fflush(stdout);
   return good;
@@ -332,16 +324,16 @@ double median_ms(int repeats, cudaStream_t stream, const Work& work) {
 }
 
 void time(const Case& c, std::string& known) {
-  Problem problem;
-  build(problem, c, known);
-  AttendParams p = problem.p;
-  cudaStream_t stream;
-  CUDA_CHECK(cudaStreamCreate(&stream));
-  p.stream = stream;
-  const int repeats = problem.flops > 2e12 ? 5 : 15;
-  std::printf("%-36s", c.name.c_str());
-  for (const bool with_lse : {false, true}) {
-    p.lse = with_lse ? problem.p.lse : nullptr;
+  std::printf("%-36s bar %3.0f;", c.name.c_str(), c.bar);
+  for (const bool fp32_scores : {false, true}) {
+    Problem problem;
+    build(problem, c, fp32_scores, known);
+    AttendParams p = problem.p;
+    p.lse = nullptr;
+    cudaStream_t stream;
+    CUDA_CHECK(cudaStreamCreate(&stream));
+    p.stream = stream;
+    const int repeats = problem.flops > 2e12 ? 5 : 15;
     const double eager = median_ms(repeats, stream, [&] { CUDA_CHECK(run_attend_cublaslt(p)); });
     cudaGraph_t graph;
     cudaGraphExec_t exec;
@@ -350,15 +342,25 @@ void time(const Case& c, std::string& known) {
     CUDA_CHECK(cudaStreamEndCapture(stream, &graph));
     CUDA_CHECK(cudaGraphInstantiate(&exec, graph, 0));
     const double replay = median_ms(repeats, stream, [&] { CUDA_CHECK(cudaGraphLaunch(exec, stream)); });
-    std::printf(" %s: %8.3f ms %6.1f TFLOPS, graph %6.1f;", with_lse ? "lse" : "no lse", eager,
-                problem.flops / eager * 1e-9, problem.flops / replay * 1e-9);
+    std::printf(" %s scores: %8.3f ms %6.1f TFLOPS, graph %6.1f, plan %.0f ms, workspace %ld MiB;",
+                fp32_scores ? "fp32" : "fp16", eager, problem.flops / eager * 1e-9, problem.flops / replay * 1e-9,
+                problem.plan_seconds * 1e3, static_cast<long>(p.workspace_bytes >> 20));
     CUDA_CHECK(cudaGraphExecDestroy(exec));
     CUDA_CHECK(cudaGraphDestroy(graph));
+    CUDA_CHECK(cudaStreamDestroy(stream));
   }
-  CUDA_CHECK(cudaStreamDestroy(stream));
-  std::printf(" bar %3.0f, plan %.0f ms, workspace %ld MiB\n", c.bar, problem.plan_seconds * 1e3,
-              static_cast<long>(p.workspace_bytes >> 20));
+  std::printf("\n");
   std::fflush(stdout);
+}
+
+// One run of each case, for a profiler.
+void once(const Case& c, std::string& known) {
+  for (const bool fp32_scores : {false, true}) {
+    Problem problem;
+    build(problem, c, fp32_scores, known);
+    CUDA_CHECK(run_attend_cublaslt(problem.p));
+    CUDA_CHECK(cudaDeviceSynchronize());
+  }
 }
 
 }  // namespace
@@ -378,11 +380,13 @@ int main(int argc, char** argv) {
       good &= check(c, false, 1, known);
     }
     for (const Case& c : time_cases()) {
-      if (c.q_lens[0] <= 2048) good &= check(c, false, 97, known);
+      for (const bool fp32_scores : {false, true}) {
+        if (c.q_lens[0] <= 4096) good &= check(c, fp32_scores, 997, known);
+      }
     }
     std::printf(good ? "all ok\n" : "FAILED\n");
   } else {
-    for (const Case& c : time_cases()) time(c, known);
+    for (const Case& c : time_cases()) mode == "once" ? once(c, known) : time(c, known);
   }
   return good ? 0 : 1;
 }
