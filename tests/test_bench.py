@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from flashcore_sglang import bench, reference
-from flashcore_sglang.bench import e2e, plot, results
+from flashcore_sglang.bench import e2e, plot, prefill, results
 from flashcore_sglang.bench.accuracy import sample, token_error
-from flashcore_sglang.bench.cases import DECODE_SUITES, DecodeCase, Heads, PrefillCase
+from flashcore_sglang.bench.cases import DECODE_SUITES, PREFILL_SUITES, DecodeCase, Heads, PrefillCase
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -76,6 +76,14 @@ def test_prefill_bytes_are_those_of_each_tensor_once() -> None:
     assert case.unique_bytes == 2 * (q_and_o + k_and_v)
     assert case.intensity == case.flops / case.unique_bytes
     assert replace(case, shared_prefix=True).unique_bytes == case.unique_bytes - 2 * 2 * 256 * 2 * 64
+
+
+def test_the_96_heads_are_reported_one_by_one() -> None:
+    case = prefill._PER_HEAD
+    assert case in PREFILL_SUITES["dense"]
+    rows = [results.Row(case.name, "fa3", "time_us", 22800.0), results.Row("another", "fa3", "time_us", 1.0)]
+    line = prefill.per_head(case, [*rows, results.Row(case.name, "fa3", "tflops", 578.0)])
+    assert "us a head: fa3 237.5; memory alone takes 16.0 at 4.2 TB/s" in line
 
 
 def decode_log(lines: list[tuple[int, float]]) -> str:

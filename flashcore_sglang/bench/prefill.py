@@ -7,11 +7,13 @@ import torch
 from .. import PagedAttention
 from . import peers
 from .accuracy import sample, token_error
-from .cases import PrefillCase
-from .results import OURS, Results, is_ours
+from .cases import Heads, PrefillCase
+from .results import OURS, Results, Row, is_ours
 from .timing import measure
 
 _CHECKED_ROWS = 8  # query tokens compared with fp64
+_COPY_TB_S = 4.2  # read and written by a device-to-device copy on an H200
+_PER_HEAD = PrefillCase(16, 4096, Heads(96, 96), causal=False, dtype=torch.float16)  # once judged by the head
 _MAX_REPEATS_US = 4e5  # of device time spent on one cell
 
 
@@ -67,6 +69,18 @@ def max_error(case: PrefillCase, out: torch.Tensor, q: torch.Tensor, cache: tupl
     return worst
 
 
+def per_head(case: PrefillCase, rows: list[Row]) -> str:
+    """A line: microseconds a head of all requests, by backend, beside what reading q, k and v and writing out takes."""
+    heads = case.heads.qo
+    times = {row.backend: row.value / heads for row in rows if (row.case, row.metric) == (case.name, "time_us")}
+    floor = case.unique_bytes / heads / _COPY_TB_S / 1e6
+    figures = ", ".join(f"{name} {time:.1f}" for name, time in times.items())
+    return (
+        f"{case.name}, us a head: {figures}; memory alone takes {floor:.1f} at {_COPY_TB_S} TB/s, so 3.8, "
+        "3.0 or 2.0 us, once aimed at, are out of reach"
+    )
+
+
 def run(results: Results, cases: list[PrefillCase], variants: list[str], with_peers: bool, repeats: int) -> list[str]:
     """Measures every case that `results` does not have, saving rows as they come.
 
@@ -105,6 +119,8 @@ def run(results: Results, cases: list[PrefillCase], variants: list[str], with_pe
         results.flush()
         speeds = {r.backend: r.value for r in results.rows if r.case == case.name and r.metric == "tflops"}
         print(case.name, {name: round(t) for name, t in speeds.items()}, flush=True)
+        if case == _PER_HEAD:
+            print(per_head(case, results.rows), flush=True)
         del q, k, v, cache, calls
         torch.cuda.empty_cache()
     return failures
