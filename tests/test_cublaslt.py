@@ -183,8 +183,8 @@ def test_a_phase_computes_each_request_once(monkeypatch: pytest.MonkeyPatch) -> 
     phase = Phase(
         "prefill",
         variants.Choice(variants.BY_NAME["cublaslt"], variants.Tiling(64, 1), 4),
-        PlannerOptions(),
-        Capacity(16, 2048, 1024, problem.k_cache.shape[0], case.num_kv_heads, case.group, 64, 4, 16),
+        PlannerOptions(page_size=16),
+        Capacity(16, 2048, 1024, problem.k_cache.shape[0], case.num_kv_heads, case.group, 64, 4, page_size=16),
         case.head_dim,
         "cpu",
         matmuls=Matmuls(workspace, replace(SHAPE, num_kv_heads=case.num_kv_heads, group=case.group)),
