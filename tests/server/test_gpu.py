@@ -35,11 +35,12 @@ def fa3_spread(fa3: Server) -> float:
     params=[
         ("", {}),
         ("--enable-mixed-chunk", {"FLASHCORE_VARIANT": "wmma_sm80"}),
+        ("", {"FLASHCORE_VARIANT": "cublaslt"}),
         ("", {"FLASHCORE_POLICY": "topk"}),
         ("--enable-deterministic-inference", {}),
         ("--prefill-attention-backend fa3 --decode-attention-backend flashcore_sparse", {}),
     ],
-    ids=["default", "wmma-mixed", "topk", "deterministic", "decode-only"],
+    ids=["default", "wmma-mixed", "cublaslt", "topk", "deterministic", "decode-only"],
 )
 def server(request: pytest.FixtureRequest, model: Path, logs: Path, fa3: Server) -> Iterator[Server]:
     flags, environment = request.param
