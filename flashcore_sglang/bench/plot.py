@@ -211,9 +211,10 @@ def _sparse_time(rows: list[Row], axes: Any) -> list[int]:
     for index, ((context, batch), backends) in enumerate(sorted(series.items())):
         for backend, times in backends.items():
             points = zip(*sorted(times.items()), strict=True)
-            ours = {"ls": "-", "marker": "o", "label": f"{batch} x {_tokens(context)}"}
-            axes.plot(*points, color=f"C{index}", ms=4, **(ours if backend == OURS else {"ls": "--"}))
-    axes.plot([], [], "--", color="0.4", label="fa3, all keys")
+            ours = {"ls": "-", "marker": "o", "ms": 4, "label": f"{batch} x {_tokens(context)}"}
+            level = {"ls": "--", "marker": "_", "ms": 14}  # the marker shows where there is one budget
+            axes.plot(*points, color=f"C{index}", **(ours if backend == OURS else level))
+    axes.plot([], [], "_--", color="0.4", ms=14, label="fa3, all keys")
     axes.set(yscale="log", ylabel="time, us", title="Selection and attention of one layer")
     return sorted({budget for backends in series.values() for times in backends.values() for budget in times})
 
