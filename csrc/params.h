@@ -30,12 +30,17 @@ struct alignas(16) Row {
 constexpr int32_t kPacked = 1;  // tokens come from row_tokens: requests that share pages
 constexpr int32_t kSole = 2;    // every token of the row is in no other row
 
-// Keys [kv_begin, kv_end) of one row for one KV head.
+// Keys [kv_begin, kv_end) of one row for one KV head. What a kernel needs of the row stands here once more, so that it
+// is one load away from the page ids and the queries.
 struct alignas(16) Tile {
   int32_t pair;      // row * num_kv_heads + kv_head
   int32_t kv_begin;  // multiple of kSplitUnit
   int32_t kv_end;
-  int32_t partial;  // first of q_count * group rows of partial_o / partial_lse, or -1: write out and lse directly
+  int32_t partial;     // first of q_count * group rows of partial_o / partial_lse, or -1: write out and lse directly
+  int32_t page_begin;  // offset into kv_indices of the pages of the row and KV head
+  int32_t q_begin;     // first query token of the row; packed: ~offset into row_tokens
+  int32_t q_count;     // query tokens of the row
+  int32_t kv_pos;      // position in the sequence of the row's first key
 };
 
 // Slots of Plan::counts.
@@ -47,8 +52,9 @@ enum Count : int32_t {
   kPagesDense = 4,  // pages the requests hold: what reading every request by itself would read
   kRowsPacked = 5,
   kOverflow = 6,  // 1: a capacity was exceeded and the plan is not usable
-  kNextTile = 7,  // cursor of kernels that take tiles one by one; 0 between launches
-  kNumCounts = 8
+  kNextTile = 7,  // cursors of kernels that take tiles one by one; 0 between launches
+  kNextShortTile = 8,
+  kNumCounts = 9
 };
 
 // A batch's work, in fixed-capacity device buffers so that one captured graph serves every batch of its size.

@@ -153,7 +153,7 @@ def attend_plan(
     lse = torch.full(q.shape[:2], math.nan, dtype=dtype, device=q.device)
     partials: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    for pair, kv_begin, kv_end, partial in tiles[: cta_indptr[-1]]:
+    for pair, kv_begin, kv_end, partial, *_ in tiles[: cta_indptr[-1]]:
         q_begin, q_count, flags, page_begin, head_stride, _, kv_pos, _ = rows[pair // num_kv_heads]
         kv_head = pair % num_kv_heads
         heads = slice(kv_head * group, (kv_head + 1) * group)

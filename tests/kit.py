@@ -12,7 +12,7 @@ from cases import Case, Problem
 
 from flashcore_sglang import cublaslt, ops, reference
 from flashcore_sglang.planner import Capacity, Plan, PlannerOptions, make_planner
-from flashcore_sglang.planner.plan import ROW_FIELDS
+from flashcore_sglang.planner.plan import ROW_FIELDS, TILE_FIELDS
 
 
 def make_plan(
@@ -72,7 +72,9 @@ def make_untrimmed_plan(
             for kv_head in range(case.num_kv_heads):
                 pair = (len(rows) - 1) * case.num_kv_heads + kv_head
                 for kv_begin in range(0, max(kv_len, 1), keys_per_tile):
-                    tiles.append([pair, kv_begin, min(kv_begin + keys_per_tile, kv_len), partials])
+                    kv_end = min(kv_begin + keys_per_tile, kv_len)
+                    row = [kv_indptr[request], qo_indptr[request] + begin, count, 0]
+                    tiles.append([pair, kv_begin, kv_end, partials, *row])
                     partials += count * case.group
                 tile_indptr.append(len(tiles))
     merge_indptr += range(1, len(merge_rows) + 1)
@@ -89,12 +91,12 @@ def make_untrimmed_plan(
         ints(positions),
         ints(rows, -1, ROW_FIELDS) if rows else ints([], 0, ROW_FIELDS),
         ints([0]),
-        ints(tiles, -1, 4) if tiles else ints([], 0, 4),
+        ints(tiles, -1, TILE_FIELDS) if tiles else ints([], 0, TILE_FIELDS),
         ints(tile_indptr),
         ints(cta_indptr),
         ints(merge_indptr),
         ints(merge_rows, -1, 2) if merge_rows else ints([], 0, 2),
-        ints([len(rows), len(tiles), partials, 0, 0, 0, 0, 0]),
+        ints([len(rows), len(tiles), partials, 0, 0, 0, 0, 0, 0]),
     ]
 
 

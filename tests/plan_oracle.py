@@ -168,6 +168,7 @@ class PlanView:
     merge: list[list[tuple[int, int]]]  # of each token
     positions: list[int]
     kv_indices: list[int]
+    row_tokens: list[int]
 
     @classmethod
     def of(cls, plan: Plan, batch: Batch) -> PlanView:
@@ -192,6 +193,7 @@ class PlanView:
             merge=[entries[indptr[t] : indptr[t + 1]] for t in range(num_tokens)],
             positions=plan.positions[:num_tokens].tolist(),
             kv_indices=plan.kv_indices.tolist(),
+            row_tokens=row_tokens,
         )
 
 
@@ -280,8 +282,15 @@ def check_tiles(view: PlanView, batch: Batch, capacity: Capacity) -> None:
         direct = len(tiles) == 1 and bool(row.flags & SOLE)
         for tile in tiles:
             assert (tile[3] == -1) == direct
+            assert tile[4] == row.page_begin + pair % batch.num_kv_heads * row.head_stride
+            first = ~tile[5] if tile[5] < 0 else tile[5]
+            listed = view.row_tokens[first:] if tile[5] < 0 else list(range(first, first + tile[6]))
+            assert (tile[5] < 0) == bool(row.flags & PACKED)
+            assert listed[: tile[6]] == row.tokens, "the tile says of its row what the row does"
+            assert tile[7] == row.kv_pos
             if not direct:
                 used.append((tile[3], tile[3] + packed))
+    check_packed_cuts(view, batch)
     used.sort()
     assert all(a[1] <= b[0] for a, b in itertools.pairwise(used)), "partials are disjoint"
     total = used[-1][1] if used else 0
@@ -289,8 +298,20 @@ def check_tiles(view: PlanView, batch: Batch, capacity: Capacity) -> None:
     assert view.counts[Count.NUM_PARTIALS] == total <= capacity.max_partials
 
 
+def check_packed_cuts(view: PlanView, batch: Batch) -> None:
+    """Rows that read the same keys are cut alike, so that they can read them together."""
+    cuts: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for i, row in enumerate(view.rows):
+        if batch.split_keys or not row.flags & PACKED:
+            continue
+        for pair in range(i * batch.num_kv_heads, (i + 1) * batch.num_kv_heads):
+            tiles = view.tiles[view.tile_indptr[pair] : view.tile_indptr[pair + 1]]
+            spans = [(tile[1], tile[2]) for tile in tiles]
+            assert cuts.setdefault((row.page_begin, row.kv_len), spans) == spans
+
+
 def unit_cost(packed: int) -> int:
-    return BASE_COST if packed <= 16 else BASE_COST + (packed - 1) // 16
+    return BASE_COST if packed <= 16 else BASE_COST + packed // 32
 
 
 def check_ctas(view: PlanView, batch: Batch) -> None:
@@ -301,15 +322,18 @@ def check_ctas(view: PlanView, batch: Batch) -> None:
     if batch.split_keys or not view.tiles:
         return
     costs, weights = [], []
-    for pair, begin, end, _ in view.tiles:
+    for pair, begin, end, *_ in view.tiles:
         weight = unit_cost(len(view.rows[pair // batch.num_kv_heads].tokens) * batch.group)
-        weights.append(weight)
+        packed_row = bool(view.rows[pair // batch.num_kv_heads].flags & PACKED)
+        weights.append(weight * (-(-(end - begin) // SPLIT_UNIT) if packed_row else 1))  # packed rows stay whole tiles
         costs.append(max(1, -(-(end - begin) // SPLIT_UNIT)) * weight)
     # The line also holds one unit of start-up for each pair.
     total = sum(costs) + sum(unit_cost(len(row.tokens) * batch.group) for row in view.rows) * batch.num_kv_heads
     shares = min(batch.num_ctas, max(1, total // (MIN_UNITS * BASE_COST)))
     for begin, end in itertools.pairwise(indptr):
-        assert sum(costs[begin:end]) <= total / shares + max(weights), "no CTA has more than its share and a unit"
+        assert sum(costs[begin:end]) <= total / shares + max(weights), (
+            "no CTA has more than its share and a unit, or a packed tile"
+        )
 
 
 def check_counts(view: PlanView, batch: Batch) -> None:

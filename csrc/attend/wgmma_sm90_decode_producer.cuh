@@ -7,20 +7,88 @@
 
 namespace flashcore::decode90 {
 
-// Ranges of tiles are dealt in the order of the plan: the first one by CTA, the others to whoever is free. CTAs that
-// stay close together in the plan find each other's shared pages in L2, and an SM's share of the bandwidth depends on
-// its neighbours (up to a third more where a GPC has fewer SMs), so that equal shares would not end together.
-struct RangeDealer {
-  int32_t* tickets;
-  int num_ranges;
+// What the producers need first; loaded before anything else, since all that follows hangs on it.
+struct FirstRange {
+  TileRange tiles;
+  int pages_read, rows_packed, num_tiles;
 
-  // The next range, or num_ranges and above when there is none: then the CTA asks no more. One lane calls.
-  __device__ __forceinline__ int next() const {
+  __device__ __forceinline__ explicit FirstRange(const Plan& plan)
+      : tiles{plan.cta_indptr[blockIdx.x], plan.cta_indptr[blockIdx.x + 1]},
+        pages_read(plan.counts[kPagesRead]),
+        rows_packed(plan.counts[kRowsPacked]),
+        num_tiles(plan.counts[kNumTiles]) {}
+};
+
+// Deals ranges of tiles in the order of the plan: the first ones by CTA, the others to whoever is free, since an SM's
+// share of the bandwidth depends on its neighbours (up to a third more where a GPC has fewer SMs) and equal shares
+// would not end together.
+//
+// Where no prefix is shared there is one queue, of the plan's ranges. Where one is, there are two: the tall tiles, one
+// by one, and stretches of the short ones. The first half of the CTAs, which is about one an SM, begins with the tall
+// ones and the other half with the short ones, so that the tensor cores and L2 work while memory does; who finds his
+// queue empty turns to the other. Tall tiles of the same keys are near each other in the plan: they run together, and
+// all but the first find these keys in L2.
+struct Dealer {
+  const Plan& plan;
+  int num_tall = 0, num_tiles = 0, stretch = 0;  // stretch 0: ranges
+  int queues_left;
+  bool on_short = false;
+
+  __device__ __forceinline__ Dealer(const Plan& plan, const FirstRange& first, int num_kv_heads) : plan(plan) {
     const int num_ctas = gridDim.x;
-    if (num_ctas >= num_ranges) return num_ranges;
-    const int ticket = atomicAdd(tickets, 1);
-    if (ticket == num_ranges - 1) *tickets = 0;  // every CTA has drawn its last: leave it as found
-    return num_ctas + ticket;
+    if (first.rows_packed == 0) {
+      queues_left = num_ctas < plan.num_ctas;
+      return;
+    }
+    num_tiles = first.num_tiles;
+    num_tall = plan.tile_indptr[first.rows_packed * num_kv_heads];
+    stretch = max(1, (num_tiles - num_tall) / (kStretchesPerCta * num_ctas));
+    queues_left = 2;
+    on_short = static_cast<int>(blockIdx.x) >= half();
+  }
+
+  __device__ __forceinline__ TileRange first(const FirstRange& first) const {
+    return stretch == 0 ? first.tiles : range_of(blockIdx.x - (on_short ? half() : 0));
+  }
+
+  // False: nothing is left.
+  __device__ __forceinline__ bool next(TileRange& range, int lane) {
+    for (; queues_left > 0; --queues_left, on_short = !on_short) {
+      const int items = num_items();
+      const int item = __shfl_sync(~0u, lane == 0 ? draw(items) : 0, 0);
+      if (item >= items) continue;
+      range = range_of(item);
+      return true;
+    }
+    return false;
+  }
+
+ private:
+  // Of the current queue: how many items there are, and how many CTAs begin with one.
+  __device__ __forceinline__ int num_items() const {
+    if (stretch == 0) return plan.num_ctas;
+    return on_short ? (num_tiles - num_tall + stretch - 1) / stretch : num_tall;
+  }
+  __device__ __forceinline__ int num_dealt() const {
+    if (stretch == 0) return gridDim.x;
+    return on_short ? gridDim.x - half() : half();
+  }
+  static __device__ __forceinline__ int half() { return (gridDim.x + 1) / 2; }
+
+  __device__ __forceinline__ TileRange range_of(int item) const {
+    if (stretch == 0) return {plan.cta_indptr[item], plan.cta_indptr[item + 1]};
+    if (!on_short) return {min(item, num_tall), min(item + 1, num_tall)};
+    const int begin = min(num_tall + item * stretch, num_tiles);
+    return {begin, min(begin + stretch, num_tiles)};
+  }
+
+  // The next item of the current queue, or one behind the last. The counters are zero between launches: every CTA draws
+  // once in vain, and the last one leaves the counter as found.
+  __device__ __forceinline__ int draw(int items) const {
+    int32_t* drawn = plan.counts + (on_short ? kNextShortTile : kNextTile);
+    const int dealt = num_dealt(), ticket = atomicAdd(drawn, 1);
+    if (ticket == max(items - dealt, 0) + static_cast<int>(gridDim.x) - 1) *drawn = 0;
+    return dealt + ticket;
   }
 };
 
@@ -35,12 +103,32 @@ struct PageWindow {
   }
 };
 
-// Loads the keys and values of tiles [tile_begin, tile_end), unit by unit. Lane i issues box i of a unit.
+// The plan's tiles [base, base + 32), one a lane: one round trip fetches what a CTA mostly needs. A kernel's first
+// window is a guess, fetched at once with the CTA's first range: it holds where there are few more tiles than CTAs,
+// which is where a round trip counts.
+struct TileWindow {
+  const Plan& plan;
+  int base = 0;
+  Tile lanes_tile{};
+
+  __device__ __forceinline__ explicit TileWindow(const Plan& plan) : plan(plan) {}
+
+  __device__ __forceinline__ void load(int first, int lane) {
+    base = first;
+    lanes_tile = first + lane < plan.max_tiles ? plan.tiles[first + lane] : Tile{};
+  }
+  __device__ __forceinline__ bool holds(int i) const { return i >= base && i < base + 32; }
+  __device__ __forceinline__ int pair(int i) const { return __shfl_sync(~0u, lanes_tile.pair, i - base); }
+  __device__ __forceinline__ int kv_begin(int i) const { return __shfl_sync(~0u, lanes_tile.kv_begin, i - base); }
+  __device__ __forceinline__ int kv_end(int i) const { return __shfl_sync(~0u, lanes_tile.kv_end, i - base); }
+  __device__ __forceinline__ int page_begin(int i) const { return __shfl_sync(~0u, lanes_tile.page_begin, i - base); }
+};
+
+// Loads the keys and values of a range of tiles, unit by unit. Lane i issues box i of a unit.
 template <typename Traits>
 __device__ __forceinline__ void load_tiles(SharedStorage<Traits>& shared, const CUtensorMap& k_map,
-                                           const CUtensorMap& v_map, const Params& params, int tile_begin, int tile_end,
-                                           StageRing<Traits>& ring, uint64_t l2_policy, int lane) {
-  const Plan& plan = params.attend.plan;
+                                           const CUtensorMap& v_map, const Params& params, TileRange range,
+                                           TileWindow& tiles, StageRing<Traits>& ring, uint64_t l2_policy, int lane) {
   const int page_shift = params.page_shift;
   const int page_size = 1 << page_shift;
   const int unit_pages = max(1, kUnitKeys >> page_shift);
@@ -55,46 +143,32 @@ __device__ __forceinline__ void load_tiles(SharedStorage<Traits>& shared, const 
   const CUtensorMap* map = is_v ? &v_map : &k_map;
   const int box_offset = (is_v ? Traits::kOperandBytes : 0) + box_slab * kSlabBytes + box_page * page_size * 128;
 
-  for (int base = tile_begin; base < tile_end; base += 32) {
-    // One round trip fetches the metadata of 32 tiles; a CTA rarely has more.
-    Tile tile{};
-    const int32_t* pages = plan.kv_indices;
-    int head = 0;
-    if (base + lane < tile_end) {
-      tile = plan.tiles[base + lane];
-      const int row_index = tile.pair / params.attend.num_kv_heads;
-      const Row& row = plan.rows[row_index];
-      head = tile.pair - row_index * params.attend.num_kv_heads;
-      pages += row.page_begin + static_cast<int64_t>(head) * row.head_stride;
+  const auto first_pages = [&](int i) {
+    return PageWindow{params.attend.plan.kv_indices + tiles.page_begin(i), tiles.kv_begin(i) >> page_shift,
+                      (tiles.kv_end(i) + page_size - 1) >> page_shift};
+  };
+  PageWindow window{};
+  int32_t next_ids = 0;
+  bool fetched = false;  // whether next_ids are the first ones of the tile to come
+  for (int i = range.begin; i < range.end; ++i) {
+    if (!tiles.holds(i)) tiles.load(i, lane);
+    if (!fetched) {
+      window = first_pages(i);
+      next_ids = window.load(lane);
     }
-    const int tiles = min(32, tile_end - base);
-
-    auto window_of = [&](int i, int key) {
-      const uint64_t address = __shfl_sync(~0u, reinterpret_cast<uint64_t>(pages), i);
-      const int kv_end = __shfl_sync(~0u, tile.kv_end, i);
-      return PageWindow{reinterpret_cast<const int32_t*>(address), key >> page_shift,
-                        (kv_end + page_size - 1) >> page_shift};
-    };
-    PageWindow window = window_of(0, __shfl_sync(~0u, tile.kv_begin, 0));
-    int32_t next_ids = window.load(lane);
-
-    for (int i = 0; i < tiles; ++i) {
-      const int kv_begin = __shfl_sync(~0u, tile.kv_begin, i);
-      const int kv_end = __shfl_sync(~0u, tile.kv_end, i);
-      const int tile_head = __shfl_sync(~0u, head, i);
-      const int next_begin = __shfl_sync(~0u, tile.kv_begin, i + 1 < tiles ? i + 1 : i);
-      int32_t ids = 0;
-      for (int key = kv_begin; key < kv_end; key += kUnitKeys) {
-        const int column = key >> page_shift;
-        if (key == kv_begin || column - window.first == 32) {
-          // Take the window fetched before and fetch the one after it: this tile's or the next tile's.
-          if (key != kv_begin) window.first = column;
-          ids = next_ids;
-          PageWindow after = window;
-          after.first += 32;
-          next_ids = (after.first < after.columns || i + 1 == tiles ? after : window_of(i + 1, next_begin)).load(lane);
-        }
-        const int32_t page = __shfl_sync(~0u, ids, column - window.first + box_page);
+    const int kv_end = tiles.kv_end(i);
+    const int head = tiles.pair(i) % params.attend.num_kv_heads;
+    int key = tiles.kv_begin(i);
+    fetched = key < kv_end && i + 1 < range.end && tiles.holds(i + 1);
+    while (key < kv_end) {
+      // Take the ids fetched before and fetch those after them: this tile's or the next tile's.
+      const int32_t ids = next_ids;
+      const int first = window.first, window_end = min(kv_end, (first + 32) << page_shift);
+      window.first += 32;
+      if (window.first >= window.columns && fetched) window = first_pages(i + 1);
+      next_ids = window.load(lane);
+      for (; key < window_end; key += kUnitKeys) {
+        const int32_t page = __shfl_sync(~0u, ids, (key >> page_shift) - first + box_page);
         const bool wanted = has_box && key + box_page * page_size < kv_end;
 
         mbarrier_wait(&shared.empty[ring.stage], ring.parity ^ 1);
@@ -103,71 +177,49 @@ __device__ __forceinline__ void load_tiles(SharedStorage<Traits>& shared, const 
         __syncwarp();
         if (wanted) {
           uint8_t* stage = reinterpret_cast<uint8_t*>(&shared.stages[ring.stage]);
-          tma_load_cache(stage + box_offset, map, &shared.full[ring.stage], key & (page_size - 1), box_slab, tile_head,
-                         page, l2_policy);
+          tma_load_cache(stage + box_offset, map, &shared.full[ring.stage], key & (page_size - 1), box_slab, head, page,
+                         l2_policy);
         }
         ring.advance();
       }
-      if (i + 1 < tiles) {
-        window = window_of(i + 1, next_begin);
-        if (kv_begin == kv_end) next_ids = window.load(lane);
-      }
     }
   }
 }
 
-// What the KV warp needs first; loaded before anything else, since all that follows hangs on it.
-struct FirstRange {
-  int tile_begin, tile_end, pages_read;
-
-  __device__ __forceinline__ explicit FirstRange(const Plan& plan)
-      : tile_begin(plan.cta_indptr[blockIdx.x]),
-        tile_end(plan.cta_indptr[blockIdx.x + 1]),
-        pages_read(plan.counts[kPagesRead]) {}
-};
-
-// The KV warp: draws ranges, passes them on and keeps the ring of stages full.
+// The KV warp: draws work, passes it on and keeps the ring of stages full.
 template <typename Traits>
 __device__ __forceinline__ void produce_kv(SharedStorage<Traits>& shared, const CUtensorMap& k_map,
                                            const CUtensorMap& v_map, const Params& params, const FirstRange& first,
-                                           int lane) {
-  const Plan& plan = params.attend.plan;
-  const RangeDealer dealer{params.next_range, plan.num_ctas};
-  const uint64_t l2_policy = first.pages_read < params.few_pages ? kEvictFirst : kEvictNormal;
+                                           TileWindow& tiles, int lane) {
+  Dealer dealer(params.attend.plan, first, params.attend.num_kv_heads);
+  const bool small = first.pages_read < params.few_pages;
   StageRing<Traits> ring;
   RingCursor<kRangeSlots> slot;
-  int range = blockIdx.x;
-  int tile_begin = first.tile_begin, tile_end = first.tile_end;
+  TileRange range = dealer.first(first);
   while (true) {
+    // Keys of one request make way for shared ones.
+    const uint64_t l2_policy = small || dealer.on_short ? kEvictFirst : kEvictNormal;
+    load_tiles(shared, k_map, v_map, params, range, tiles, ring, l2_policy, lane);
+    const bool more = dealer.next(range, lane);
     mbarrier_wait(&shared.range_empty[slot.stage], slot.parity ^ 1);
-    if (lane == 0)
-      shared.ranges[slot.stage] = range < plan.num_ctas ? make_int2(tile_begin, tile_end) : make_int2(-1, -1);
+    if (lane == 0) shared.ranges[slot.stage] = more ? range : TileRange{-1, -1};
     mbarrier_arrive(&shared.range_full[slot.stage]);
     slot.advance();
-    if (range >= plan.num_ctas) return;
-    load_tiles(shared, k_map, v_map, params, tile_begin, tile_end, ring, l2_policy, lane);
-    if (lane == 0) range = dealer.next();
-    range = __shfl_sync(~0u, range, 0);
-    if (range < plan.num_ctas) {
-      tile_begin = plan.cta_indptr[range];
-      tile_end = plan.cta_indptr[range + 1];
-    }
+    if (!more) return;
   }
 }
 
-// Loads the queries of tiles [tile_begin, tile_end) and tells the consumers what they need to know of each.
+// Loads the queries of a range of tiles and tells the consumers what they need to know of each.
 template <typename Traits>
-__device__ __forceinline__ void load_queries(SharedStorage<Traits>& shared, const Params& params, int tile_begin,
-                                             int tile_end, uint32_t& parity, int lane) {
+__device__ __forceinline__ void load_queries(SharedStorage<Traits>& shared, const Params& params, TileRange range,
+                                             uint32_t& parity, int lane) {
   using Element = typename Traits::Element;
   const AttendParams& p = params.attend;
   TileInfo<Traits>& info = shared.tile;
-  for (int t = tile_begin; t < tile_end; ++t, parity ^= 1) {
+  for (int t = range.begin; t < range.end; ++t, parity ^= 1) {
     const Tile tile = p.plan.tiles[t];
-    const int row_index = tile.pair / p.num_kv_heads;
-    const Row row = p.plan.rows[row_index];
-    const int first_head = (tile.pair - row_index * p.num_kv_heads) * params.group;
-    const int queries = row.q_count * params.group;
+    const int first_head = tile.pair % p.num_kv_heads * params.group;
+    const int queries = tile.q_count * params.group;
 
     // The queries themselves come first: they have the longest way.
     constexpr int kPerLane = Traits::kQueries / 32;
@@ -178,8 +230,8 @@ __device__ __forceinline__ void load_queries(SharedStorage<Traits>& shared, cons
       if (32 * i >= queries) break;
       const int m = 32 * i + lane;
       if (m < queries) {
-        const int index = row.q_begin + m / params.group;
-        const int token = row.flags & kPacked ? p.plan.row_tokens[index] : index;
+        const int i_token = m / params.group;
+        const int token = tile.q_begin < 0 ? p.plan.row_tokens[~tile.q_begin + i_token] : tile.q_begin + i_token;
         const int head = first_head + m % params.group;
         source[i] = token * p.q_stride_token + head * p.q_stride_head;
         position[i] = p.plan.positions[token];
@@ -208,7 +260,7 @@ __device__ __forceinline__ void load_queries(SharedStorage<Traits>& shared, cons
     for (int i = 0; i < kPerLane; ++i) {
       if (32 * i >= queries) break;
       const int m = 32 * i + lane;
-      const int last = position[i] - row.kv_pos;  // the last key of the row that a causal query sees
+      const int last = position[i] - tile.kv_pos;  // the last key of the row that a causal query sees
       const int begin = p.window_left < 0 ? 0 : max(0, last - p.window_left);
       const int end = p.causal ? min(tile.kv_end, last + 1) : tile.kv_end;
       if (m < queries) {
@@ -236,18 +288,20 @@ __device__ __forceinline__ void load_queries(SharedStorage<Traits>& shared, cons
   }
 }
 
-// The query warp: one tile ahead of the consumers.
+// The query warp: one tile ahead of the consumers. It finds the first range by itself, so that the first queries are on
+// their way before the first keys and values are, of which there are many.
 template <typename Traits>
-__device__ __forceinline__ void produce_queries(SharedStorage<Traits>& shared, const Params& params, int lane) {
+__device__ __forceinline__ void produce_queries(SharedStorage<Traits>& shared, const Params& params,
+                                                const FirstRange& first, int lane) {
   RingCursor<kRangeSlots> slot;
   uint32_t parity = 1;
-  while (true) {
+  TileRange range = Dealer(params.attend.plan, first, params.attend.num_kv_heads).first(first);
+  while (range.begin >= 0) {
+    load_queries(shared, params, range, parity, lane);
     mbarrier_wait(&shared.range_full[slot.stage], slot.parity);
-    const int2 tiles = shared.ranges[slot.stage];
+    range = shared.ranges[slot.stage];
     mbarrier_arrive(&shared.range_empty[slot.stage]);
     slot.advance();
-    if (tiles.x < 0) break;
-    load_queries(shared, params, tiles.x, tiles.y, parity, lane);
   }
   mbarrier_wait(&shared.q_empty, parity);
   if (lane == 0) shared.tile.queries = kNoMoreTiles;
@@ -266,14 +320,12 @@ __device__ __forceinline__ void prefetch_metadata(const AttendParams& p, int lan
     case 0:
       return prefetch(p.plan.tiles, p.plan.max_tiles * sizeof(Tile));
     case 1:
-      return prefetch(p.plan.rows, p.plan.max_rows * sizeof(Row));
-    case 2:
       return prefetch(p.plan.kv_indices, p.plan.max_pages * sizeof(int32_t));
-    case 3:
+    case 2:
       return prefetch(p.plan.row_tokens, p.plan.max_row_tokens * sizeof(int32_t));
-    case 4:
+    case 3:
       return prefetch(p.plan.positions, p.num_tokens * sizeof(int32_t));
-    case 5:
+    case 4:
       return prefetch(p.q, p.num_tokens * p.q_stride_token * sizeof(uint16_t));
   }
 }

@@ -21,6 +21,7 @@ constexpr int kShortQueries = 16;                      // at most this many quer
 constexpr int kSlabBytes = kUnitKeys * 128;
 constexpr int kConsumerBarrier = 1;  // named barrier of the consumer warpgroup
 constexpr int kRangeSlots = 4;       // ranges of tiles that the KV warp may be ahead of the query warp
+constexpr int kStretchesPerCta = 4;  // where prefixes are shared: pieces a CTA's share of the short tiles is dealt in
 
 // Up to this many bytes of KV are read evict-first: they are gone after this launch either way, and so they do not push
 // other kernels' lines out of L2, which costs a write where these are dirty. Where the launch is long that is small,
@@ -43,7 +44,6 @@ constexpr int32_t kNoMoreTiles = -1;
 
 struct Params {
   AttendParams attend;
-  int32_t* next_range;  // tickets drawn so far; zero between launches
   int32_t group;
   int32_t few_pages;    // a plan that reads fewer than this is small
   int32_t page_shift;   // log2(page_size)
@@ -62,6 +62,10 @@ struct TileInfo {
   int32_t free_begin, free_end;  // keys in here are visible to every query: no mask needed
   int32_t visible_begin[Traits::kQueries], visible_end[Traits::kQueries];  // keys that a query sees
   int32_t out_row[Traits::kQueries];                                       // row of out and lse, or of the partials
+};
+
+struct TileRange {
+  int begin, end;
 };
 
 // Where the warps of a short tile add up their shares, 8 queries at a time.
@@ -89,7 +93,7 @@ struct SharedStorage {
   Mbarrier full[Traits::kStages], empty[Traits::kStages];
   Mbarrier q_full, q_empty;
   Mbarrier range_full[kRangeSlots], range_empty[kRangeSlots];
-  int2 ranges[kRangeSlots];  // [begin, end) of tiles, from the KV warp, which draws them, to the query warp
+  TileRange ranges[kRangeSlots];  // from the KV warp, which draws them, to the query warp; begin < 0: no more
 };
 
 template <typename Traits>

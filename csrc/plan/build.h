@@ -56,15 +56,23 @@ struct RowSum {
   }
 };
 
-// How the pairs of a row are cut without regard to the line: every split_units units. Only requests of one token are
-// long enough to need it, and only in deterministic mode.
+// How the pairs of a row are cut without regard to the line: every split_units units.
+//
+// In deterministic mode: requests of one token (others are short). Else: packed rows, so that those of a node, which
+// read the same keys, are cut alike and can read them together; in no more tiles than there are CTAs, and none short.
 struct FixedCuts {
   int32_t split_units, tiles;
 
-  FLASHCORE_HD FixedCuts(const PlanJob& p, const Row& row, int32_t units) : split_units(units), tiles(1) {
-    if (p.split_keys == 0 || p.plan.qo_indptr[row.request + 1] - p.plan.qo_indptr[row.request] != 1) return;
-    split_units = p.split_keys / kSplitUnit;
-    tiles = ceil_div(units, split_units);
+  FLASHCORE_HD FixedCuts(const PlanJob& p, const Row& row, int32_t units, int32_t num_packed)
+      : split_units(units), tiles(1) {
+    if (p.split_keys > 0) {
+      if (p.plan.qo_indptr[row.request + 1] - p.plan.qo_indptr[row.request] != 1) return;
+      split_units = p.split_keys / kSplitUnit;
+    } else if (row.flags & kPacked) {
+      const int32_t most = p.plan.num_ctas / (num_packed * p.num_kv_heads), enough = ceil_div(units, kMinPackedUnits);
+      if (most > 1) split_units = ceil_div(units, most < enough ? most : enough);
+    }
+    if (split_units < units) tiles = ceil_div(units, split_units);
   }
   // Whether all tiles of the row leave partial results, even if the line cuts none of its pairs.
   FLASHCORE_HD bool merged(const Row& row) const { return tiles > 1 || !(row.flags & kSole); }
@@ -90,9 +98,12 @@ struct RequestRows {
   }
 };
 
+// Whether every pair is one tile, if the line does not cut it.
+FLASHCORE_HD bool one_tile_each(const PlanJob& p, int32_t num_packed) { return p.split_keys == 0 && num_packed == 0; }
+
 // Tiles of the rows before row i, as if the line were not cut.
-FLASHCORE_HD int32_t tiles_before(const PlanJob& p, const Scratch& s, int32_t i) {
-  return p.split_keys == 0 ? i * p.num_kv_heads : s.row_tiles[i];
+FLASHCORE_HD int32_t tiles_before(const PlanJob& p, const Scratch& s, int32_t num_packed, int32_t i) {
+  return one_tile_each(p, num_packed) ? i * p.num_kv_heads : s.row_tiles[i];
 }
 
 template <class Team>
@@ -125,7 +136,7 @@ struct Builder {
     Row* rows = team.beside(plan.rows, num_rows);
     int64_t* row_cost = team.beside(s.row_cost, num_rows + 1);
     const RowSum sum = place_rows(num_rows, num_packed, node_rows, request_rows, rows, row_cost);
-    const CutSum cuts = cut_line(rows, row_cost, num_rows, sum);
+    const CutSum cuts = cut_line(rows, row_cost, num_rows, num_packed, sum);
     const int32_t num_tiles = sum.tiles + cuts.cuts, num_partials = sum.partials + cuts.partials;
     if (num_tiles > plan.max_tiles || num_partials > plan.max_partials) return false;
     team.for_each(1, [&](int32_t) {
@@ -138,6 +149,7 @@ struct Builder {
       plan.counts[kRowsPacked] = num_packed;
       plan.counts[kOverflow] = 0;
       plan.counts[kNextTile] = 0;
+      plan.counts[kNextShortTile] = 0;
     });
     return true;
   }
@@ -189,7 +201,7 @@ struct Builder {
           }
           p.plan.rows[i] = rows[i] = row;
           const PairWork work = work_of(row, p.group);
-          const FixedCuts cuts(p, row, work.units);
+          const FixedCuts cuts(p, row, work.units, num_packed);
           const int32_t tiles = cuts.tiles * p.num_kv_heads;
           return RowSum{work.total() * p.num_kv_heads, ceil_div(row.kv_len, p.by_page), tiles,
                         cuts.merged(row) ? tiles * work.packed : 0};
@@ -229,19 +241,19 @@ struct Builder {
   };
 
   FLASHCORE_TEAM Start start_of(const Line& line, const Row* rows, const int64_t* row_cost, int32_t num_rows,
-                                const RowSum& sum, int32_t cta) const {
+                                int32_t num_packed, const RowSum& sum, int32_t cta) const {
     if (cta >= line.shares || num_rows == 0) return {.tile = sum.tiles};
     const int64_t begin = line.begin(cta);
     const int32_t i = find_segment(row_cost, 0, num_rows, begin);
     const Row row = rows[i];
     const PairWork work = work_of(row, p.group);
-    const FixedCuts fixed(p, row, work.units);
+    const FixedCuts fixed(p, row, work.units, num_packed);
     const int64_t in_row = begin - row_cost[i];
     const int32_t head = static_cast<int32_t>(divide(in_row, work.total()));
     const int32_t in_pair = static_cast<int32_t>(in_row - head * work.total());
     const int32_t unit = ceil_div(in_pair, work.cost);  // the first one at or after the start of the stretch
-    const int32_t tile = tiles_before(p, s, i) + head * fixed.tiles;
-    if (p.split_keys > 0) {
+    const int32_t tile = tiles_before(p, s, num_packed, i) + head * fixed.tiles;
+    if (p.split_keys > 0 || i < num_packed) {
       const int32_t k = ceil_div(unit, fixed.split_units);
       return {.tile = tile + (k < fixed.tiles ? k : fixed.tiles)};
     }
@@ -256,14 +268,15 @@ struct Builder {
             .cut = {cuts, cuts ? (first ? 2 : 1) * work.packed : 0}};
   }
 
-  FLASHCORE_TEAM CutSum cut_line(const Row* rows, const int64_t* row_cost, int32_t num_rows, const RowSum& sum) {
+  FLASHCORE_TEAM CutSum cut_line(const Row* rows, const int64_t* row_cost, int32_t num_rows, int32_t num_packed,
+                                 const RowSum& sum) {
     const Line line(sum.cost, p.plan.num_ctas, p.split_keys == 0);
     team.for_each(1, [&](int32_t) { *s.line = line; });
     Start start;
     const CutSum cuts = team.template scan<CutSum>(
         p.plan.num_ctas + 1,
         [&](int32_t cta) {
-          start = start_of(line, rows, row_cost, num_rows, sum, cta);
+          start = start_of(line, rows, row_cost, num_rows, num_packed, sum, cta);
           return start.cut;
         },
         [&](int32_t cta, CutSum before) {

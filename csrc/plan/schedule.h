@@ -137,9 +137,12 @@ FLASHCORE_HD Row sparse_row(const PlanJob& p, const Request& request, int32_t r)
 }
 
 // Cost of kSplitUnit keys for a row. Up to 16 packed queries the keys' bytes are all that counts; beyond, the tensor
-// cores and the softmax take their share: 64 queries on 64 keys cost about 1.75 times the bytes' time.
+// cores and the softmax take their share: 128 queries on 64 keys cost about twice the bytes' time.
 constexpr int32_t kBaseCost = 4;
-FLASHCORE_HD int32_t unit_cost(int32_t packed) { return packed <= 16 ? kBaseCost : kBaseCost + (packed - 1) / 16; }
+FLASHCORE_HD int32_t unit_cost(int32_t packed) { return packed <= 16 ? kBaseCost : kBaseCost + packed / 32; }
+
+// Tiles of packed rows are not cut shorter than this many units: each writes a partial result of all its queries.
+constexpr int32_t kMinPackedUnits = 32;
 
 // A CTA gets this many units at least, as long as others would otherwise get less: shorter tiles cost more to merge
 // than they save.

@@ -10,14 +10,18 @@ struct Writer {
   const PlanJob& p;
   const Scratch& s;
   const bool share;
-  const int32_t num_rows;
+  const int32_t num_rows, num_packed;
 
   FLASHCORE_TEAM Writer(const PlanJob& job, const Scratch& scratch)
-      : p(job), s(scratch), share(shares_pages(job)), num_rows(job.plan.counts[kNumRows]) {}
+      : p(job),
+        s(scratch),
+        share(shares_pages(job)),
+        num_rows(job.plan.counts[kNumRows]),
+        num_packed(job.plan.counts[kRowsPacked]) {}
 
   // How many items each function has; none of a batch that was given up.
   FLASHCORE_TEAM int32_t num_tokens() const { return given_up() ? 0 : p.num_tokens + 1; }
-  FLASHCORE_TEAM int32_t num_uncut() const { return given_up() ? 0 : tiles_before(p, s, num_rows); }
+  FLASHCORE_TEAM int32_t num_uncut() const { return given_up() ? 0 : tiles_before(p, s, num_packed, num_rows); }
   FLASHCORE_TEAM int32_t num_cuts() const { return given_up() ? 0 : s.cuts_upto[p.plan.num_ctas]; }
   FLASHCORE_TEAM int32_t num_listed() const {
     return given_up() || p.policy != Policy::window ? 0 : p.batch * p.list_pages;
@@ -53,11 +57,11 @@ struct Writer {
   // The tiles as they were if the line were not cut, each up to the first cut in it.
   FLASHCORE_TEAM void write_uncut(int32_t uncut) const {
     const Plan& plan = p.plan;
-    const int32_t i = p.split_keys == 0 ? uncut / p.by_head : find_segment(s.row_tiles, 0, num_rows, uncut);
+    const int32_t i = one_tile_each(p, num_packed) ? uncut / p.by_head : find_segment(s.row_tiles, 0, num_rows, uncut);
     const Row row = plan.rows[i];
     const PairWork work = work_of(row, p.group);
-    const FixedCuts fixed(p, row, work.units);
-    const int32_t in_row = uncut - tiles_before(p, s, i);
+    const FixedCuts fixed(p, row, work.units, num_packed);
+    const int32_t in_row = uncut - tiles_before(p, s, num_packed, i);
     const int32_t head = fixed.tiles > 1 ? in_row / fixed.tiles : in_row, k = in_row - head * fixed.tiles;
     const int32_t pair = i * p.num_kv_heads + head;
 
@@ -66,10 +70,9 @@ struct Writer {
     const bool is_cut = (cut < s.cuts_upto[plan.num_ctas]) & (s.cut_pair[cut] == pair);  // &: loaded side by side
     const bool merged = is_cut || fixed.merged(row);
     const int32_t end = (is_cut ? s.cut_unit[cut] : (k + 1) * fixed.split_units) * kSplitUnit;
-    plan.tiles[uncut + cut] = {.pair = pair,
-                               .kv_begin = k * fixed.split_units * kSplitUnit,
-                               .kv_end = end < row.kv_len ? end : row.kv_len,
-                               .partial = merged ? partial_of(row, work, i, in_row) + s.cut_partials[cut] : -1};
+    plan.tiles[uncut + cut] =
+        tile_of(row, pair, head, k * fixed.split_units * kSplitUnit, end < row.kv_len ? end : row.kv_len,
+                merged ? partial_of(row, work, i, in_row) + s.cut_partials[cut] : -1);
     if (k == 0) plan.tile_indptr[pair] = uncut + cut;
   }
 
@@ -83,11 +86,10 @@ struct Writer {
     const bool last = cut + 1 == s.cuts_upto[plan.num_ctas] || s.cut_pair[cut + 1] != pair;
     // The tile in front of the pair's first cut is counted with the row or else with that cut.
     const bool behind_first = first || !(row.flags & kSole);
-    plan.tiles[pair + cut + 1] = {.pair = pair,
-                                  .kv_begin = s.cut_unit[cut] * kSplitUnit,
-                                  .kv_end = last ? row.kv_len : s.cut_unit[cut + 1] * kSplitUnit,
-                                  .partial = partial_of(row, work, i, pair - i * p.num_kv_heads) + s.cut_partials[cut] +
-                                             (behind_first ? work.packed : 0)};
+    const int32_t head = pair - i * p.num_kv_heads;
+    plan.tiles[tiles_before(p, s, num_packed, i) + head + cut + 1] =
+        tile_of(row, pair, head, s.cut_unit[cut] * kSplitUnit, last ? row.kv_len : s.cut_unit[cut + 1] * kSplitUnit,
+                partial_of(row, work, i, head) + s.cut_partials[cut] + (behind_first ? work.packed : 0));
   }
 
   // An entry of the page list of a request: the sink pages, then the recent ones.
@@ -113,9 +115,21 @@ struct Writer {
     p.plan.merge_rows[2 * entry + 1] = token_in_row;
   }
 
+  FLASHCORE_TEAM Tile tile_of(const Row& row, int32_t pair, int32_t head, int32_t begin, int32_t end,
+                              int32_t partial) const {
+    return {.pair = pair,
+            .kv_begin = begin,
+            .kv_end = end,
+            .partial = partial,
+            .page_begin = row.page_begin + head * row.head_stride,
+            .q_begin = row.flags & kPacked ? ~row.q_begin : row.q_begin,
+            .q_count = row.q_count,
+            .kv_pos = row.kv_pos};
+  }
+
   // First partial result of a row's tile number in_row, those that cuts add aside.
   FLASHCORE_TEAM int32_t partial_of(const Row& row, const PairWork& work, int32_t i, int32_t in_row) const {
-    const FixedCuts fixed(p, row, work.units);
+    const FixedCuts fixed(p, row, work.units, num_packed);
     return s.row_partials[i] + (fixed.merged(row) ? in_row * work.packed : 0);
   }
 };

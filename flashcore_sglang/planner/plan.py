@@ -12,7 +12,7 @@ import torch
 
 SPLIT_UNIT = 64  # keys; kSplitUnit in csrc/params.h
 ROW_FIELDS = 8  # int32 fields of struct Row
-TILE_FIELDS = 4  # int32 fields of struct Tile
+TILE_FIELDS = 8  # int32 fields of struct Tile
 UNCUT = 1 << 30  # keys of a tile where rows are not to be cut
 MAX_LEVELS = 4  # packed rows that a request is in at most; kMaxLevels in csrc/plan/scratch.h
 
@@ -35,7 +35,7 @@ class Count(IntEnum):
     PAGES_DENSE = 4
     ROWS_PACKED = 5
     OVERFLOW = 6
-    NUM_COUNTS = 8
+    NUM_COUNTS = 9
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,13 @@ class Capacity:
         return -(-self.pages * self.page_size // self.split_keys) * self.num_kv_heads
 
     @property
+    def max_packed_splits(self) -> int:
+        """Tiles beyond the first of packed rows, which are cut alike and not at CTA boundaries."""
+        return self.num_ctas if self.packs else 0
+
+    @property
     def max_tiles(self) -> int:
-        return self.max_rows * self.num_kv_heads + self.max_splits
+        return self.max_rows * self.num_kv_heads + self.max_splits + self.max_packed_splits
 
     @property
     def max_merge(self) -> int:
@@ -124,7 +129,7 @@ class Capacity:
         """Rows of the partial buffers: both sides of every cut, every packed row, every request that has one."""
         rows_of_a_tile = self.group if self.split_keys else self.rows_per_tile
         shared = (self.max_row_tokens + self.batch) * self.num_kv_heads * self.group if self.packs else 0
-        return 2 * self.max_splits * rows_of_a_tile + shared
+        return (2 * self.max_splits + self.max_packed_splits) * rows_of_a_tile + shared
 
     def needs_no_cuts(self, num_tokens: int) -> bool:
         """Whether an extend of ``num_tokens`` has pairs enough, whatever its requests: full rows are the fewest."""
