@@ -66,6 +66,15 @@ def _pool_name(server: Server) -> str:
     return type(server.pool).__name__
 
 
+def _unallocatable_page_size(server: Server) -> str | None:
+    """A page size that SGLang fails on at the first request: its Triton kernels index a page by powers of two."""
+    page_size, allocator = server.pool.page_size, server.runner.token_to_kv_pool_allocator
+    paged = type(allocator).__name__ == "PagedTokenToKVPoolAllocator"
+    # 0.5.23 says whether it uses them; 0.5.17 always does, on the CPU too.
+    by_triton = paged and getattr(allocator, "use_triton_kernels", True)
+    return f"--page-size {page_size}" if by_triton and page_size & (page_size - 1) else None
+
+
 # Policy topk keeps a summary of each page, written where K is stored. It must see every store.
 _EXACT = "FLASHCORE_POLICY=exact (or window)"
 SERVER_RULES = (
@@ -110,6 +119,11 @@ SERVER_RULES = (
         "KV pools in another layout than NHD",
         lambda s: s.pool.kv_cache_layout != "nhd" and s.pool.kv_cache_layout,
         "SGLANG_USE_HND_KVCACHE=0",
+    ),
+    Rule(
+        "a page size that SGLang's allocator does not take (powers of two only):",
+        _unallocatable_page_size,
+        "--page-size 64",
     ),
     Rule("a KV cache of", lambda s: str(s.pool.dtype) not in KV_DTYPES and str(s.pool.dtype), "--kv-cache-dtype auto"),
     Rule(

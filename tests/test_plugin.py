@@ -121,6 +121,10 @@ class MHATokenToKVPool(SimpleNamespace):
     """Named as SGLang's, whose class the rules look at by name."""
 
 
+class PagedTokenToKVPoolAllocator(SimpleNamespace):
+    pass
+
+
 class SWAKVPool(MHATokenToKVPool):
     pass
 
@@ -141,6 +145,7 @@ def make_pool(kind: type = MHATokenToKVPool, **changes: Any) -> Any:
 def make_server(
     *,
     pool: Any = None,
+    allocator: Any = None,
     policy: str = "exact",
     variant: str = "auto",
     deterministic: bool = False,
@@ -151,7 +156,11 @@ def make_server(
     **args: Any,
 ) -> refusals.Server:
     model = SimpleNamespace(is_encoder_decoder=encoder_decoder, hf_config=hf_config or SimpleNamespace())
-    runner = SimpleNamespace(use_mla_backend=mla, model_config=model)
+    runner = SimpleNamespace(
+        use_mla_backend=mla,
+        model_config=model,
+        token_to_kv_pool_allocator=allocator or PagedTokenToKVPoolAllocator(),
+    )
     settings = config.Config(policy=policy, variant=variant, deterministic=deterministic)
     return refusals.Server(runner, SimpleNamespace(**args), pool or make_pool(), settings, backends, plugin.BACKEND)
 
@@ -215,6 +224,12 @@ SERVERS = (
     Refused("hnd", lambda: make_server(pool=make_pool(kv_cache_layout="hnd")), "NHD (hnd)", "SGLANG_USE_HND_KVCACHE=0"),
     Refused(
         "fp8", lambda: make_server(pool=make_pool(dtype=torch.float8_e4m3fn)), "torch.float8_e4m3fn", "--kv-cache-dtype"
+    ),
+    Refused(
+        "page-5",
+        lambda: make_server(pool=make_pool(page_size=5)),
+        "powers of two only): --page-size 5",
+        "--page-size 64",
     ),
     Refused("v-head", lambda: make_server(pool=make_pool(v_head_dim=64)), "V heads of another size", "fa3"),
     Refused(
@@ -281,8 +296,9 @@ def test_layer_is_refused(case: Refused) -> None:
         make_server(policy="topk", disaggregation_mode="null", pool=make_pool(page_size=16)),
         make_server(enable_hierarchical_cache=True, disaggregation_mode="prefill", enable_two_batch_overlap=True),
         make_server(backends=("fa3", plugin.BACKEND), pool=make_pool(dtype=torch.float16, page_size=1)),
+        make_server(pool=make_pool(page_size=5), allocator=PagedTokenToKVPoolAllocator(use_triton_kernels=False)),
     ],
-    ids=["plain", "topk", "exact-under-all", "split"],
+    ids=["plain", "topk", "exact-under-all", "split", "page-5"],
 )
 def test_server_is_served(server: refusals.Server) -> None:
     refusals.check_server(server)

@@ -10,8 +10,8 @@ import pytest
 from make_model import SHAPES, make_model
 from server.harness import Server, spread
 
-# Those of the server it is compared with in test_serving.py, so that the attention is all that differs.
-FLAGS = "--dtype float32 --max-total-tokens 20032 --page-size 64 --chunked-prefill-size 128 --enable-mixed-chunk"
+# Those of every server that is compared bit for bit with `exact`.
+FLAGS = ("--dtype", "float32", "--max-total-tokens", "20032", "--chunked-prefill-size", "128", "--enable-mixed-chunk")
 
 
 @pytest.fixture(scope="session")
@@ -37,3 +37,11 @@ def reference(model: Path, logs: Path) -> Iterator[Server]:
 def tolerance(reference: Server) -> float:
     """How far a log-probability may lie from the reference's: twice as far as the reference's own runs lie apart."""
     return 2 * spread(reference)
+
+
+@pytest.fixture(scope="session")
+def exact(model: Path, logs: Path, reference: Server) -> Iterator[Server]:
+    """The server as it comes: policy exact, pages of 64."""
+    server = Server(model, "flashcore_sparse", logs, *FLAGS, "--enable-metrics")
+    yield server
+    server.stop()

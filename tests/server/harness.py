@@ -11,8 +11,6 @@ import os
 import random
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,11 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import requests
+from server import processes
 
 START_SECONDS = 300
 REQUEST_SECONDS = 120
 
 CPU_ENVIRONMENT = {"SGLANG_PLATFORM": "flashcore_cpu", "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+GPU_ENVIRONMENT = {"SGLANG_USE_SGL_FA3_KERNEL": "1"}  # the reference; else SGLang asks a hub for it
 
 
 @dataclass(frozen=True)
@@ -65,26 +65,28 @@ class Server:
         self.port = _free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = folder / f"{backend}-{self.port}.log"
-        command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--device", device]
-        command += ["--attention-backend", backend, "--host", "127.0.0.1", "--port", str(self.port)]
-        command += ["--skip-server-warmup", "--sleep-on-idle", *flags]
+        arguments = ["--model-path", str(model), "--device", device, "--attention-backend", backend]
+        arguments += ["--host", "127.0.0.1", "--port", str(self.port), "--skip-server-warmup", "--sleep-on-idle"]
         environ = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        environ |= {"SGLANG_DEBUG_MEMORY_POOL": "1", **(CPU_ENVIRONMENT if device == "cpu" else {})}
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                command,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=environ | (environment or {}),
-                start_new_session=True,
-            )
+        environ |= {"SGLANG_DEBUG_MEMORY_POOL": "1", **(CPU_ENVIRONMENT if device == "cpu" else GPU_ENVIRONMENT)}
+        own = environment or {}
+        # A GPU's context does not survive a fork, and SGLang reads some of its variables as it is imported.
+        warm = device == "cpu" and not any(name.startswith("SGLANG_") for name in own)
+        start = processes.fork if warm else processes.spawn
+        self.process = start([*arguments, *flags], environ | own, self.log)
         self._ready = False
 
     def stop(self) -> None:
         """Ends the server and the processes that it started."""
         with suppress(ProcessLookupError):  # it may have ended by itself
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        self.process.wait(timeout=60)
+
+    def failure(self) -> str:
+        """The log of a server that is not to start, once it has ended."""
+        self.process.wait(timeout=START_SECONDS)
+        assert self.process.poll(), f"expected the server to fail, it is at {self.process.poll()}\n{self.tail()}"
+        return self.log.read_text(errors="replace")
 
     def post(self, path: str, **arguments: Any) -> requests.Response:
         self._wait_until_ready()
@@ -139,7 +141,7 @@ class Server:
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + START_SECONDS
         while not self._ready:
-            assert self.process.poll() is None, f"the server ended with {self.process.returncode}\n{self.tail()}"
+            assert self.process.poll() is None, f"the server ended with {self.process.poll()}\n{self.tail()}"
             assert time.monotonic() < deadline, f"the server did not start in {START_SECONDS} s\n{self.tail()}"
             try:
                 self._ready = requests.get(self.url + "/health", timeout=20).ok
@@ -181,6 +183,21 @@ def random_prompts(lengths: Iterable[int], seed: int, prefix: Sequence[int] = ()
     """Prompts of random tokens behind a common prefix."""
     generator = random.Random(seed)
     return [[*prefix, *(generator.randrange(10000) for _ in range(length))] for length in lengths]
+
+
+def come_and_go(server: Server, seed: int, prefix_length: int, new_tokens: int) -> list[Result]:
+    """Streams over one prefix, of which some hang up; once they decode, others arrive over a prefix that is new."""
+    first, second = random_prompts((prefix_length, prefix_length), seed)
+    staying = random_prompts(range(1, 61, 5), seed + 1, first)
+    leaving = random_prompts(range(3, 63, 15), seed + 2, first)
+    arriving = random_prompts(range(2, 62, 10), seed + 3, second)
+    server.generate(first, new_tokens=1)
+    with ThreadPoolExecutor(3) as pool:
+        streams = pool.submit(server.generate_all, staying, new_tokens, prefix_length)
+        broken = pool.map(lambda prompt: server.break_off(prompt, 3), leaving)
+        assert list(broken) == [3] * len(leaving)
+        late = pool.submit(server.generate_all, arriving, new_tokens)
+        return streams.result() + late.result()
 
 
 def _request(prompt: Sequence[int], new_tokens: int) -> dict[str, Any]:

@@ -4,25 +4,51 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from server.harness import Server, deviations, random_prompts, spread
+from make_model import SHAPES, make_model
+from server.harness import Server, come_and_go, deviations, random_prompts, spread
 
 pytestmark = [pytest.mark.server, pytest.mark.gpu]
 
 FLAGS = "--max-total-tokens 100032 --mem-fraction-static 0.3 --cuda-graph-max-bs 32 --chunked-prefill-size 256"
-
-
-def start(model: Path, logs: Path, backend: str, flags: str = "", **environment: str) -> Server:
-    return Server(model, backend, logs, *FLAGS.split(), *flags.split(), device="cuda", environment=environment)
+CONFIGURATIONS: dict[str, tuple[str, dict[str, str]]] = {
+    "default": ("", {}),
+    "wmma-mixed": ("--enable-mixed-chunk --page-size 16", {"FLASHCORE_VARIANT": "wmma_sm80"}),
+    "cublaslt": ("", {"FLASHCORE_VARIANT": "cublaslt"}),
+    "topk": ("", {"FLASHCORE_POLICY": "topk"}),  # by its default budget, which holds all keys
+    "deterministic": ("--enable-deterministic-inference", {}),
+    "decode-only": ("--prefill-attention-backend fa3 --decode-attention-backend flashcore_sparse", {}),
+}
 
 
 @pytest.fixture(scope="module")
-def fa3(model: Path, logs: Path) -> Iterator[Server]:
-    server = start(model, logs, "fa3")
-    yield server
-    server.stop()
+def servers(tmp_path_factory: pytest.TempPathFactory, logs: Path) -> Iterator[dict[str, Server]]:
+    """All of them at once: a start takes longer than its tests."""
+    shape = replace(SHAPES["small"], hidden_size=1024, num_key_value_heads=2, head_dim=128)
+    model = make_model(tmp_path_factory.mktemp("model-d128"), shape, std=0.05)
+    servers = {
+        name: Server(
+            model,
+            "fa3" if name == "fa3" else "flashcore_sparse",
+            logs,
+            *FLAGS.split(),
+            *flags.split(),
+            device="cuda",
+            environment=environment,
+        )
+        for name, (flags, environment) in {"fa3": ("", {}), **CONFIGURATIONS}.items()
+    }
+    yield servers
+    for server in servers.values():
+        server.stop()
+
+
+@pytest.fixture(scope="module")
+def fa3(servers: dict[str, Server]) -> Server:
+    return servers["fa3"]
 
 
 @pytest.fixture(scope="module")
@@ -30,23 +56,9 @@ def fa3_spread(fa3: Server) -> float:
     return 2 * spread(fa3)
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        ("", {}),
-        ("--enable-mixed-chunk", {"FLASHCORE_VARIANT": "wmma_sm80"}),
-        ("", {"FLASHCORE_VARIANT": "cublaslt"}),
-        ("", {"FLASHCORE_POLICY": "topk"}),
-        ("--enable-deterministic-inference", {}),
-        ("--prefill-attention-backend fa3 --decode-attention-backend flashcore_sparse", {}),
-    ],
-    ids=["default", "wmma-mixed", "cublaslt", "topk", "deterministic", "decode-only"],
-)
-def server(request: pytest.FixtureRequest, model: Path, logs: Path, fa3: Server) -> Iterator[Server]:
-    flags, environment = request.param
-    server = start(model, logs, "flashcore_sparse", flags, **environment)
-    yield server
-    server.stop()
+@pytest.fixture(scope="module", params=CONFIGURATIONS)
+def server(request: pytest.FixtureRequest, servers: dict[str, Server]) -> Server:
+    return servers[request.param]
 
 
 def test_streams_of_replayed_graphs(server: Server, fa3: Server, fa3_spread: float) -> None:
@@ -60,15 +72,30 @@ def test_streams_of_replayed_graphs(server: Server, fa3: Server, fa3_spread: flo
     assert re.search(r"Decode batch.*cuda graph: True", server.log.read_text(errors="replace"))
 
 
-def test_shared_prefix(server: Server, fa3: Server, fa3_spread: float) -> None:
-    prefix = random_prompts((3600,), seed=3)[0]
-    server.generate(prefix, new_tokens=1)
-    results = server.generate_all(random_prompts(range(1, 241, 10), 4, prefix), new_tokens=48, start=len(prefix))
+def test_prompt_of_many_chunks(server: Server, fa3: Server, fa3_spread: float) -> None:
+    results = [server.generate(prompt, new_tokens=16) for prompt in random_prompts((3000,), seed=3)]
     assert max(deviations(results, fa3)) <= fa3_spread
 
 
-def test_server_answers_after_hang_ups(server: Server) -> None:
-    for prompt in random_prompts(range(20, 180, 20), seed=5):
-        assert server.break_off(prompt, 3) == 3
-    server.flush()
+def test_prefixes_that_come_and_go(server: Server, fa3: Server, fa3_spread: float) -> None:
+    """Long enough that the decode steps of the streams are planned with shared rows."""
+    for _ in range(2):
+        results = come_and_go(server, seed=4, prefix_length=3600, new_tokens=48)
+        assert any(result.cached_tokens >= 3584 for result in results)
+        assert max(deviations(results, fa3)) <= fa3_spread
+        server.flush()  # no page is lost; what comes next lies in other pages
     assert len(server.generate([1, 2, 3], new_tokens=4).tokens) == 4
+
+
+def test_prefill_replays_breakable_graphs(servers: dict[str, Server]) -> None:
+    servers["default"].generate([1, 2, 3], new_tokens=1)
+    assert re.search(r"Prefill batch.*cuda graph: True", servers["default"].log.read_text(errors="replace"))
+
+
+def test_a_result_does_not_depend_on_the_batch(servers: dict[str, Server]) -> None:
+    server = servers["deterministic"]
+    prompts = random_prompts(range(100, 180, 5), seed=6)
+    server.flush()
+    together = server.generate_all(prompts, new_tokens=32)
+    server.flush()
+    assert server.generate(prompts[3], new_tokens=32) == together[3]

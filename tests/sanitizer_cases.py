@@ -1,0 +1,66 @@
+"""Small cases of every CUDA kernel for test_sanitizer.py, which runs this file under compute-sanitizer.
+
+The tools take a hundred times as long as the kernels, so there is one case for each way through a kernel: each variant
+and head size, ragged requests, rows of every height that shared prefixes give, split rows, and policy topk.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+
+import kit
+from cases import Case, decode, extend, make
+
+from flashcore_sglang import PagedAttention, variants
+
+# Packed queries of the row of the common pages, 4 heads a group: one, and two blocks of 64, full and not.
+HEIGHTS = (36, 64, 68, 128)
+PAGE = 64
+SHARED_PAGES = 32  # enough for packing to pay
+
+
+def cases(variant: str) -> Iterator[tuple[Case, int]]:
+    """Cases that ``variant`` has kernels for, with the height of the tallest row."""
+    entry = variants.BY_NAME[variant]
+    for head_dim in sorted(entry.decode):
+        yield decode(f"ragged decode {head_dim}", 1, 65, 300, 0, head_dim=head_dim, page_size=PAGE), 4
+    for height in (height for height in HEIGHTS if height <= entry.decode[128].rows_per_tile):
+        keys = range(SHARED_PAGES * PAGE + 1, SHARED_PAGES * PAGE + 1 + height // 4)
+        yield decode(f"row of {height}", *keys, head_dim=128, page_size=PAGE, shared_pages=SHARED_PAGES), height
+    for head_dim in sorted(entry.prefill):
+        yield extend(f"prefill {head_dim}", (150, 150), (33, 120), (1, 65), head_dim=head_dim, page_size=PAGE), 0
+
+
+def run_exact(variant: str) -> None:
+    for case, height in cases(variant):
+        problem = make(case, "cuda")
+        entry = variants.BY_NAME[variant]
+        tiling = (entry.decode if case.decode else entry.prefill)[case.head_dim]
+        plan = kit.make_plan(problem, rows_per_tile=tiling.rows_per_tile, num_ctas=16)
+        out, lse = kit.attend(problem, plan, variant=variant, rows_per_tile=tiling.rows_per_tile)
+        kit.check(make(case), out.cpu(), lse.cpu())  # on the CPU: the tools slow down cuBLAS too
+        tallest = int(plan.rows[: int(plan.counts[0]), 1].max()) * case.group
+        assert height in (0, tallest), f"{case}: expected a row of {height} packed queries, got {tallest}"
+        print(case, flush=True)
+
+
+def run_topk() -> None:
+    """Summaries and selection, twice: a second step changes the last page."""
+    os.environ |= {f"FLASHCORE_{name}_TOKENS": str(n) for name, n in (("SINK", 64), ("RECENT", 64), ("BUDGET", 256))}
+    case = decode("topk", 900, 130, 70, head_dim=128, page_size=PAGE)
+    problem = make(case, "cuda")
+    attention = PagedAttention(device="cuda")
+    for _ in range(2):
+        attention.plan(
+            *problem.table, case.num_heads, case.num_kv_heads, case.head_dim, PAGE, causal=True, policy="topk"
+        )
+        out = attention.run(problem.q, (problem.k_cache, problem.v_cache))
+    assert bool(out.isfinite().all())
+
+
+if __name__ == "__main__":
+    subject = sys.argv[1]
+    run_topk() if subject == "topk" else run_exact(subject)
+    print(f"{subject} ran")

@@ -1,0 +1,75 @@
+"""A Gemma 2, whose layers take turns with a sliding window and the whole context, over one KV pool."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from make_model import SHAPES, make_tokenizer, special_ids
+from server.harness import Server, deviations, random_prompts, spread
+
+pytestmark = pytest.mark.server
+
+WINDOW = 100  # keys that a query sees, itself included: no multiple of a page
+FLAGS = ("--dtype", "float32", "--max-total-tokens", "20032", "--disable-hybrid-swa-memory")
+
+
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("gemma")
+    vocabulary = SHAPES["small"].vocab_size
+    ids = special_ids(vocabulary)
+    config = Gemma2Config(
+        vocab_size=vocabulary,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=64,
+        query_pre_attn_scalar=64,
+        sliding_window=WINDOW,
+        attn_logit_softcapping=0.0,  # torch_native ignores it
+        final_logit_softcapping=None,
+        initializer_range=0.05,
+        bos_token_id=ids["<s>"],
+        eos_token_id=ids["</s>"],
+        pad_token_id=ids["<pad>"],
+    )
+    Gemma2ForCausalLM(config).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=make_tokenizer(vocabulary)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def servers(gemma: Path, logs: Path) -> Iterator[dict[str, Server]]:
+    servers = {
+        "torch_native": Server(gemma, "torch_native", logs, *FLAGS),
+        "flashcore_sparse": Server(gemma, "flashcore_sparse", logs, *FLAGS, "--chunked-prefill-size", "128"),
+    }
+    yield servers
+    for server in servers.values():
+        server.stop()
+
+
+@pytest.fixture(scope="module")
+def gemma_tolerance(servers: dict[str, Server]) -> float:
+    return 2 * spread(servers["torch_native"])
+
+
+def test_streams_in_and_beyond_the_window(servers: dict[str, Server], gemma_tolerance: float) -> None:
+    prompts = random_prompts((1, 64, 95, 99, 100, 101, 164, 500), seed=40)
+    results = servers["flashcore_sparse"].generate_all(prompts, new_tokens=32)
+    assert max(deviations(results, servers["torch_native"])) <= gemma_tolerance
+
+
+def test_cached_prefix(servers: dict[str, Server], gemma_tolerance: float) -> None:
+    server = servers["flashcore_sparse"]
+    prefix = random_prompts((400,), seed=41)[0]
+    server.generate(prefix, new_tokens=1)
+    results = server.generate_all(random_prompts((1, 40, 90), 42, prefix), new_tokens=16, start=len(prefix))
+    assert all(result.cached_tokens >= 384 for result in results)
+    assert max(deviations(results, servers["torch_native"])) <= gemma_tolerance
