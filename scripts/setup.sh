@@ -4,10 +4,13 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 say() { printf '\n== %s\n' "$*"; }
 
-# What a bare Debian or Ubuntu lacks: a compiler, and the library that SGLang's kernels link to.
+# What a bare Debian or Ubuntu lacks: a compiler, the library that SGLang's kernels link to, what makes uv's environment,
+# and what asks the server.
 install_system_packages() {
   local packages=()
   command -v c++ >/dev/null || packages+=(g++)
+  command -v uv >/dev/null || python3 -c 'import ensurepip' 2>/dev/null || packages+=(python3-venv)
+  command -v curl >/dev/null || packages+=(curl)
   /sbin/ldconfig -p | grep -q 'libnuma\.so\.1' || packages+=(libnuma1)
   [ ${#packages[@]} -eq 0 ] && return
   say "Installing ${packages[*]}"

@@ -25,4 +25,4 @@ TORCH_PYTHON=$PWD/.venv/bin/python make_environment .venv-newest 0.5.23 '[test]'
 
 say "What depends on SGLang and torch, SGLang 0.5.23"
 .venv-newest/bin/pytest tests/test_abi.py tests/test_package.py tests/test_plugin.py tests/test_backend_kit.py \
-  tests/server/test_serving.py tests/server/test_configurations.py
+  tests/server/test_{serving,policies,sliding_window,configurations}.py

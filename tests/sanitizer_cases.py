@@ -40,7 +40,7 @@ def run_exact(variant: str) -> None:
         tiling = (entry.decode if case.decode else entry.prefill)[case.head_dim]
         plan = kit.make_plan(problem, rows_per_tile=tiling.rows_per_tile, num_ctas=16)
         out, lse = kit.attend(problem, plan, variant=variant, rows_per_tile=tiling.rows_per_tile)
-        kit.check(make(case), out.cpu(), lse.cpu())  # on the CPU: the tools slow down cuBLAS too
+        kit.check(make(case), out.cpu(), lse.cpu())  # on the CPU: cuBLAS fails under racecheck
         tallest = int(plan.rows[: int(plan.counts[0]), 1].max()) * case.group
         assert height in (0, tallest), f"{case}: expected a row of {height} packed queries, got {tallest}"
         print(case, flush=True)
@@ -61,6 +61,6 @@ def run_topk() -> None:
 
 
 if __name__ == "__main__":
-    subject = sys.argv[1]
-    run_topk() if subject == "topk" else run_exact(subject)
-    print(f"{subject} ran")
+    for subject in sys.argv[1:]:
+        run_topk() if subject == "topk" else run_exact(subject)
+        print(f"{subject} ran", flush=True)

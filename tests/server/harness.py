@@ -187,10 +187,10 @@ def random_prompts(lengths: Iterable[int], seed: int, prefix: Sequence[int] = ()
 
 def come_and_go(server: Server, seed: int, prefix_length: int, new_tokens: int) -> list[Result]:
     """Streams over one prefix, of which some hang up; once they decode, others arrive over a prefix that is new."""
-    first, second = random_prompts((prefix_length, prefix_length), seed)
+    first, second = random_prompts((prefix_length, prefix_length // 4), seed)
     staying = random_prompts(range(1, 61, 5), seed + 1, first)
     leaving = random_prompts(range(3, 63, 15), seed + 2, first)
-    arriving = random_prompts(range(2, 62, 10), seed + 3, second)
+    arriving = random_prompts(range(2, 62, 15), seed + 3, second)
     server.generate(first, new_tokens=1)
     with ThreadPoolExecutor(3) as pool:
         streams = pool.submit(server.generate_all, staying, new_tokens, prefix_length)

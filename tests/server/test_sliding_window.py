@@ -30,6 +30,7 @@ def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_attention_heads=8,
         num_key_value_heads=2,
         head_dim=64,
+        hidden_act="gelu_pytorch_tanh",
         query_pre_attn_scalar=64,
         sliding_window=WINDOW,
         attn_logit_softcapping=0.0,  # torch_native ignores it
