@@ -82,12 +82,6 @@ class Server:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait(timeout=60)
 
-    def failure(self) -> str:
-        """The log of a server that is not to start, once it has ended."""
-        self.process.wait(timeout=START_SECONDS)
-        assert self.process.poll(), f"expected the server to fail, it is at {self.process.poll()}\n{self.tail()}"
-        return self.log.read_text(errors="replace")
-
     def post(self, path: str, **arguments: Any) -> requests.Response:
         self._wait_until_ready()
         response = requests.post(self.url + path, timeout=REQUEST_SECONDS, **arguments)

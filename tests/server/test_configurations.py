@@ -82,14 +82,3 @@ def test_prefixes_that_come_and_go(
     assert any(result.cached_tokens >= 192 for result in results)
     server.flush()  # no page is lost, and the server answers
     assert len(server.generate([1, 2, 3], new_tokens=4).tokens) == 4
-
-
-def test_what_is_not_supported_ends_the_start(model: Path, logs: Path) -> None:
-    server = Server(model, "flashcore_sparse", logs, *("--kv-cache-dtype", "fp8_e4m3"))
-    try:
-        assert (
-            "UnsupportedFeatureError: flashcore_sparse does not support a KV cache of torch.float8_e4m3fn: "
-            "use --kv-cache-dtype auto"
-        ) in server.failure()
-    finally:
-        server.stop()
