@@ -1,8 +1,8 @@
 // Merge of a decode step: few queries, each with up to hundreds of partial results, where only latency counts.
 //
-// Grid: one CTA of four warps a (token, query head), or one warp where there are many. It begins while the attention
-// still runs (programmatic dependent launch), finds its partial results in the plan, and waits only before it reads
-// them; then every load is independent of the others.
+// Grid: one CTA of four warps a (token, query head); where there are many, one warp a (token, KV head). It begins while
+// the attention still runs (programmatic dependent launch), finds its partial results in the plan, and waits only
+// before it reads them; then every load is independent of the others.
 //
 //   M = max lse_n;  w_n = 2^(lse_n - M);  out = sum(w_n o_n) / sum(w_n);  lse = M + log2(sum(w_n))
 //
@@ -21,9 +21,10 @@ namespace {
 
 constexpr int kWarps = 4;
 constexpr int kSums = 4;
-constexpr int kHeld = 4;          // partial results of an item whose place a lane finds before the wait
-constexpr int kAtOnce = 8;        // rows a warp has in flight
-constexpr int kManyItems = 2048;  // from here on a warp takes an item alone
+constexpr int kHeld = 4;              // partial results of an item whose place a lane finds before the wait
+constexpr int kAtOnce = 8;            // rows a warp has in flight
+constexpr int kManyItems = 1024;      // from here on a warp takes a query head alone
+constexpr int kVeryManyItems = 8192;  // from here on all query heads of a KV head
 
 // What a lane holds of a row: kHeadDim / 32 neighbouring channels.
 template <int kHeadDim>
@@ -97,18 +98,20 @@ __device__ __forceinline__ float warp_max(float x) {
   return x;
 }
 
-// kShare warps share an item: each takes the sums n % kSums of its own.
+// kShare warps share a query head, each takes the sums n % kSums of its own; kShare 1: a warp takes the `heads` query
+// heads of a KV head one by one, their partial results stand side by side.
 template <typename Element, int kHeadDim, int kShare>
-__global__ void __launch_bounds__(32 * kWarps) merge_decode_kernel(const __grid_constant__ AttendParams p) {
+__global__ void __launch_bounds__(32 * kWarps, kHeadDim == 256 ? 3 : 5)
+    merge_decode_kernel(const __grid_constant__ AttendParams p, int heads) {
   constexpr int kOwnSums = kSums / kShare;
   using Sum = Channels<kHeadDim>;
   __shared__ float shared_sums[kSums][kShare == 1 ? 1 : kHeadDim];  // [sum][channel of the lane * 32 + lane]
   __shared__ float shared_weights[kSums];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int item = (blockIdx.x * kWarps + warp) / kShare;
-  const bool exists = item < p.num_tokens * p.num_qo_heads;
+  const int first_item = (blockIdx.x * kWarps + warp) / kShare * heads;
+  const bool exists = first_item < p.num_tokens * p.num_qo_heads;
 
-  const PartialList list(p, exists ? item : 0);
+  const PartialList list(p, exists ? first_item : 0);
   int held_rows[kHeld];
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
@@ -119,84 +122,98 @@ __global__ void __launch_bounds__(32 * kWarps) merge_decode_kernel(const __grid_
   wait_for_primary();
   if (!wanted) return;  // the same in all warps of an item
 
-  // Weights are relative to the highest LSE.
-  const auto lse_of = [&](int row) { return row >= 0 ? p.partial_lse[row] : -INFINITY; };
-  float held_lse[kHeld];
-  float maximum = -INFINITY;
-#pragma unroll
-  for (int i = 0; i < kHeld; ++i) maximum = fmaxf(maximum, held_lse[i] = lse_of(held_rows[i]));
-  for (int base = 32 * kHeld; base < list.total; base += 32) maximum = fmaxf(maximum, lse_of(list.row(base + lane)));
-  maximum = warp_max(maximum);
-  const float reference = maximum == -INFINITY ? 0.0f : maximum;
-
-  Sum sums[kOwnSums];
-  float weights[kOwnSums];
-#pragma unroll
-  for (int i = 0; i < kOwnSums; ++i) {
-    weights[i] = 0.0f;
-#pragma unroll
-    for (float& x : sums[i].x) x = 0.0f;
-  }
   const int some_row = __shfl_sync(~0u, held_rows[0], 0);  // read, with weight 0, where there is nothing to read
-  const auto add_32 = [&](int count, int row, float lse) {
-    const float weight = exp2_fast(lse - reference);
-    for (int n = 0; n < count; n += kAtOnce * kShare) {
-      float w[kAtOnce];
-      Sum rows[kAtOnce];
+  for (int head = 0; head < heads; ++head) {
+    const auto load = [&](Sum(&rows)[kAtOnce], int row, int n) {
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
-        const int source = n + i * kShare + warp % kShare;
-        w[i] = __shfl_sync(~0u, weight, source);
-        const int from = __shfl_sync(~0u, row, source);
-        rows[i] = Sum::load(p.partial_o + static_cast<int64_t>(from < 0 ? some_row : from) * kHeadDim);
+        const int from = __shfl_sync(~0u, row, n + i * kShare + warp % kShare);
+        rows[i] = Sum::load(p.partial_o + static_cast<int64_t>((from < 0 ? some_row : from) + head) * kHeadDim);
       }
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        weights[i % kOwnSums] += w[i];
-        sums[i % kOwnSums].add(w[i], rows[i]);
-      }
-    }
-  };
-#pragma unroll
-  for (int i = 0; i < kHeld; ++i) add_32(min(32, list.total - 32 * i), held_rows[i], held_lse[i]);
-  for (int base = 32 * kHeld; base < list.total; base += 32) {
-    const int row = list.row(base + lane);
-    add_32(min(32, list.total - base), row, lse_of(row));
-  }
+    };
+    const auto lse_of = [&](int row) { return row >= 0 ? p.partial_lse[row + head] : -INFINITY; };
+    Sum ahead[kAtOnce];
+    load(ahead, held_rows[0], 0);
 
-  if constexpr (kShare > 1) {
+    // Weights are relative to the highest LSE.
+    float held_lse[kHeld];
+    float maximum = -INFINITY;
 #pragma unroll
-    for (int i = 0; i < Sum::kPerLane; ++i) shared_sums[warp][32 * i + lane] = sums[0].x[i];
-    if (lane == 0) shared_weights[warp] = weights[0];
-    __syncthreads();
-    if (warp != 0) return;
-  }
-  Sum all[kSums];
-  float all_weights[kSums];
+    for (int i = 0; i < kHeld; ++i) maximum = fmaxf(maximum, held_lse[i] = lse_of(held_rows[i]));
+    for (int base = 32 * kHeld; base < list.total; base += 32) maximum = fmaxf(maximum, lse_of(list.row(base + lane)));
+    maximum = warp_max(maximum);
+    const float reference = maximum == -INFINITY ? 0.0f : maximum;
+
+    Sum sums[kOwnSums];
+    float weights[kOwnSums];
 #pragma unroll
-  for (int i = 0; i < kSums; ++i) {
+    for (int i = 0; i < kOwnSums; ++i) {
+      weights[i] = 0.0f;
+#pragma unroll
+      for (float& x : sums[i].x) x = 0.0f;
+    }
+    const auto add = [&](const Sum(&rows)[kAtOnce], float weight, int n) {
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const float w = __shfl_sync(~0u, weight, n + i * kShare + warp % kShare);
+        weights[i % kOwnSums] += w;
+        sums[i % kOwnSums].add(w, rows[i]);
+      }
+    };
+    const auto add_32 = [&](int first, int count, int row, float weight) {
+      for (int n = first; n < count; n += kAtOnce * kShare) {
+        Sum rows[kAtOnce];
+        load(rows, row, n);
+        add(rows, weight, n);
+      }
+    };
+    const float first_weight = exp2_fast(held_lse[0] - reference);
+    add(ahead, first_weight, 0);
+    add_32(kAtOnce * kShare, min(32, list.total), held_rows[0], first_weight);
+#pragma unroll
+    for (int i = 1; i < kHeld; ++i) {
+      add_32(0, min(32, list.total - 32 * i), held_rows[i], exp2_fast(held_lse[i] - reference));
+    }
+    for (int base = 32 * kHeld; base < list.total; base += 32) {
+      const int row = list.row(base + lane);
+      add_32(0, min(32, list.total - base), row, exp2_fast(lse_of(row) - reference));
+    }
+
     if constexpr (kShare > 1) {
 #pragma unroll
-      for (int c = 0; c < Sum::kPerLane; ++c) all[i].x[c] = shared_sums[i][32 * c + lane];
-      all_weights[i] = shared_weights[i];
-    } else {
-      all[i] = sums[i];
-      all_weights[i] = weights[i];
+      for (int i = 0; i < Sum::kPerLane; ++i) shared_sums[warp][32 * i + lane] = sums[0].x[i];
+      if (lane == 0) shared_weights[warp] = weights[0];
+      __syncthreads();
+      if (warp != 0) return;
     }
-  }
-  const float weight = (all_weights[0] + all_weights[1]) + (all_weights[2] + all_weights[3]);
-  const float inverse = weight > 0.0f ? 1.0f / weight : 0.0f;
-  auto* out = reinterpret_cast<uint32_t*>(static_cast<Element*>(p.out) + static_cast<int64_t>(item) * kHeadDim);
+    Sum all[kSums];
+    float all_weights[kSums];
 #pragma unroll
-  for (int v = 0; v < Sum::kPerLane; v += 2) {
-    float x[2];
+    for (int i = 0; i < kSums; ++i) {
+      if constexpr (kShare > 1) {
 #pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      x[e] = ((all[0].x[v + e] + all[1].x[v + e]) + (all[2].x[v + e] + all[3].x[v + e])) * inverse;
+        for (int c = 0; c < Sum::kPerLane; ++c) all[i].x[c] = shared_sums[i][32 * c + lane];
+        all_weights[i] = shared_weights[i];
+      } else {
+        all[i] = sums[i];
+        all_weights[i] = weights[i];
+      }
     }
-    out[(lane * Sum::kPerLane + v) / 2] = pack2<Element>(x[0], x[1]);
+    const int item = first_item + head;
+    const float weight = (all_weights[0] + all_weights[1]) + (all_weights[2] + all_weights[3]);
+    const float inverse = weight > 0.0f ? 1.0f / weight : 0.0f;
+    auto* out = reinterpret_cast<uint32_t*>(static_cast<Element*>(p.out) + static_cast<int64_t>(item) * kHeadDim);
+#pragma unroll
+    for (int v = 0; v < Sum::kPerLane; v += 2) {
+      float x[2];
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        x[e] = ((all[0].x[v + e] + all[1].x[v + e]) + (all[2].x[v + e] + all[3].x[v + e])) * inverse;
+      }
+      out[(lane * Sum::kPerLane + v) / 2] = pack2<Element>(x[0], x[1]);
+    }
+    if (p.lse != nullptr && lane == 0) p.lse[item] = weight > 0.0f ? maximum + log2f(weight) : -INFINITY;
   }
-  if (p.lse != nullptr && lane == 0) p.lse[item] = weight > 0.0f ? maximum + log2f(weight) : -INFINITY;
 }
 
 template <typename Element, int kHeadDim>
@@ -205,10 +222,11 @@ int launch(const AttendParams& p) {
   if (items == 0) return cudaSuccess;
   const auto stream = static_cast<cudaStream_t>(p.stream);
   if (items >= kManyItems) {
-    const int ctas = (items + kWarps - 1) / kWarps;
-    return launch_dependent(merge_decode_kernel<Element, kHeadDim, 1>, ctas, 32 * kWarps, stream, p);
+    const int heads = items >= kVeryManyItems ? p.num_qo_heads / p.num_kv_heads : 1;
+    const int ctas = (items / heads + kWarps - 1) / kWarps;
+    return launch_dependent(merge_decode_kernel<Element, kHeadDim, 1>, ctas, 32 * kWarps, stream, p, heads);
   }
-  return launch_dependent(merge_decode_kernel<Element, kHeadDim, kWarps>, items, 32 * kWarps, stream, p);
+  return launch_dependent(merge_decode_kernel<Element, kHeadDim, kWarps>, items, 32 * kWarps, stream, p, 1);
 }
 
 template <typename Element>
