@@ -21,7 +21,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from flashcore_sglang import bench
 
         return bench.main(arguments[1:])
-    options = _parser().parse_args(arguments)
+    if arguments[:1] == ["eval"]:  # and so has this
+        options = argparse.Namespace(command="eval", run=_eval, arguments=arguments[1:])
+    else:
+        options = _parser().parse_args(arguments)
     try:
         return int(options.run(options))
     except (ValueError, ImportError) as error:  # ConfigError, UnsupportedError, a missing dependency
@@ -54,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     for command in (doctor, variants, show):
         command.add_argument("--json", action="store_true", help="print JSON")
     commands.add_parser("bench", help="time the kernels and a server beside their peers", add_help=False)
+    commands.add_parser("eval", help="long-context tasks through a server: accuracy and KV read", add_help=False)
     return parser
 
 
@@ -61,6 +65,12 @@ def _doctor(options: argparse.Namespace) -> int:
     from flashcore_sglang import doctor
 
     return doctor.main(as_json=options.json)
+
+
+def _eval(options: argparse.Namespace) -> int:
+    from flashcore_sglang.eval import runner
+
+    return runner.main(options.arguments)
 
 
 def _config_show(options: argparse.Namespace) -> int:
