@@ -96,6 +96,16 @@ SERVER_RULES = (
         lambda s: s.config.variant == "cublaslt" and s.config.deterministic,
         "FLASHCORE_VARIANT=auto",
     ),
+    Rule(
+        "mixed chunks with deterministic inference, because on a GPU prefill and decode are other kernels:",
+        lambda s: (
+            s.config.deterministic
+            and s.arg("enable_mixed_chunk")
+            and str(s.runner.device).startswith("cuda")
+            and "--enable-mixed-chunk"
+        ),
+        "no --enable-mixed-chunk",
+    ),
     Rule("decode context parallelism", lambda s: s.arg("dcp_size", 1) > 1 and s.arg("dcp_size"), "--dcp-size 1"),
     Rule("prefill context parallelism", lambda s: s.arg("enable_prefill_cp"), "no --enable-prefill-cp"),
     Rule("page-major KV pools", lambda s: s.arg("enable_page_major_kv_layout"), "no --enable-page-major-kv-layout"),

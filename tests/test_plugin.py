@@ -151,12 +151,14 @@ def make_server(
     deterministic: bool = False,
     backends: tuple[str, str] = (plugin.BACKEND, plugin.BACKEND),
     hf_config: Any = None,
+    device: str = "cuda",
     mla: bool = False,
     encoder_decoder: bool = False,
     **args: Any,
 ) -> refusals.Server:
     model = SimpleNamespace(is_encoder_decoder=encoder_decoder, hf_config=hf_config or SimpleNamespace())
     runner = SimpleNamespace(
+        device=device,
         use_mla_backend=mla,
         model_config=model,
         token_to_kv_pool_allocator=allocator or PagedTokenToKVPoolAllocator(),
@@ -211,6 +213,12 @@ SERVERS = (
         lambda: make_server(variant="cublaslt", deterministic=True),
         "cublaslt with deterministic",
         "FLASHCORE_VARIANT=auto",
+    ),
+    Refused(
+        "mixed-deterministic",
+        lambda: make_server(deterministic=True, enable_mixed_chunk=True),
+        "mixed chunks with deterministic",
+        "no --enable-mixed-chunk",
     ),
     Refused("dcp", lambda: make_server(dcp_size=2), "decode context parallelism (2)", "--dcp-size 1"),
     Refused("prefill-cp", lambda: make_server(enable_prefill_cp=True), "prefill context", "no --enable-prefill-cp"),
