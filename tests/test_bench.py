@@ -300,10 +300,10 @@ def test_sparse_picture_is_budget_against_time_and_accuracy(tmp_path: Path, figu
         made.add(case, "fa3", "time_us", 400.0)
         made.add(case, "flashcore", "time_us", time)
         for task, worse in (("needle", 0.0), ("words", 0.25)):
-            made.add(f"eval/{task}/ctx131072", f"topk:{budget}", "accuracy", accuracy - worse)
-        made.add("eval/worst/ctx131072", f"topk:{budget}", "accuracy", 0.0)  # not counted twice
+            made.add(f"eval/{task}/ctx131072/budget{budget}", "flashcore:topk", "accuracy", accuracy - worse)
+        made.add(f"eval/worst/ctx131072/budget{budget}", "flashcore:topk", "accuracy", 0.0)  # not counted twice
     made.add("sparse/b8/ctx131072/budget30%/h32kv8d128/p64", "flashcore", "time_us", 100.0)
-    made.add("eval/needle/ctx131072", "exact", "accuracy", 0.95)
+    made.add("eval/needle/ctx131072/budget1024", "flashcore:exact", "accuracy", 0.95)
     made.save(tmp_path / "r.json")
     assert bench.main(["plot", str(tmp_path / "r.json"), "-o", str(tmp_path / "p.png")]) == 0
     time, quality = figures[0].axes

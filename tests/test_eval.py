@@ -66,7 +66,11 @@ def test_a_length_that_is_too_short() -> None:
 
 def test_contenders() -> None:
     made = runner.contenders(["exact", "window", "topk"], [1024], ["mean", "min_max"])
-    assert [c.name for c in made] == ["exact", "window:1024", "topk:1024:mean", "topk:1024:min_max"]
+    policies = ["exact", "window", "topk:mean", "topk:min_max"]
+    assert [c.name for c in made] == [f"flashcore:{policy}" for policy in policies]
+    assert {case for c in made for case in c.cases("needle", 4096)} == {"eval/needle/ctx4096/budget1024"}
+    assert len({c.log for c in runner.contenders(["exact", "window", "topk"], [1024, 2048], [])}) == 5
+    assert runner.Contender("server").cases("needle", 4096) == ["eval/needle/ctx4096"]
     assert made[1].environment == {"FLASHCORE_POLICY": "window", "FLASHCORE_RECENT_TOKENS": "896"}
     assert made[3].environment["FLASHCORE_SUMMARY_KIND"] == "min_max"
     with pytest.raises(ConfigError, match="budget_tokens must exceed"):

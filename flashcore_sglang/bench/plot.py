@@ -180,11 +180,10 @@ def _prefill(rows: list[Row], new_figure: NewFigure) -> Any:
 
 _SPARSE = re.compile(r"sparse/b(?P<batch>\d+)/ctx(?P<context>\d+)/budget(?P<budget>\d+)(?P<percent>%?)(?:/|$)")
 _EVAL = re.compile(r"eval/(?P<task>[^/]+)/ctx(?P<context>\d+)(?:/budget(?P<budget>\d+))?$")
-_POLICY = re.compile(r"(?P<policy>\w+):(?P<budget>\d+)(?P<kind>:\w+)?$")  # topk:1024:mean_std
 
 
 def _sparse(rows: list[Row], new_figure: NewFigure) -> Any:
-    """Cases: sparse/b8/ctx131072/budget4096 (or 30%), eval/TASK/ctx131072 by backends exact, topk:4096, ..."""
+    """Cases: sparse/b8/ctx131072/budget4096 (or 30%), eval/TASK/ctx131072/budget4096 by flashcore:exact, ..."""
     drawn = {"time_us": _sparse_time, "accuracy": _sparse_quality}
     metrics = [metric for metric in drawn if any(row.metric == metric for row in rows)]
     figure = new_figure(5.5 * len(metrics), 4.5)
@@ -194,7 +193,8 @@ def _sparse(rows: list[Row], new_figure: NewFigure) -> Any:
         apart = [b for i, b in enumerate(budgets) if i == 0 or b > 1.3 * budgets[i - 1]]
         axes.set_xticks(apart, labels=[f"{budget / 1024:.3g}K" for budget in apart])
         axes.minorticks_off()
-        axes.legend(fontsize=8)
+        beside = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}  # too many series to stand among the curves
+        axes.legend(fontsize=8, **(beside if metric == "accuracy" else {}))
     return figure
 
 
@@ -229,13 +229,11 @@ def _sparse_quality(rows: list[Row], axes: Any) -> list[int]:
             continue
         context = int(found["context"])
         for backend, row in cells.items():
-            named = _POLICY.match(backend)
-            if named:
-                series[context, named["policy"] + (named["kind"] or "")][int(named["budget"])].append(row.value)
-            elif found["budget"]:
-                series[context, backend][int(found["budget"])].append(row.value)
-            else:
+            policy = backend.removeprefix(f"{OURS}:")
+            if policy == "exact":
                 exact[context].append(row.value)
+            elif found["budget"]:
+                series[context, policy][int(found["budget"])].append(row.value)
     contexts = sorted({*exact, *(context for context, _ in series)})
     for context, scores in exact.items():
         axes.axhline(sum(scores) / len(scores), color=f"C{contexts.index(context)}", ls=":")

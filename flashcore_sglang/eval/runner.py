@@ -24,13 +24,30 @@ CONCURRENT = 4  # requests that one server is asked at once
 
 @dataclass(frozen=True)
 class Contender:
-    """A server to be compared, and its name in the tables."""
+    """A server to be compared.
+
+    Attributes:
+        name: of its column in the tables.
+        environment: what makes it different.
+        budgets: the rows that it stands in: its budget, or all of them if it reads everything; none: rows without one.
+    """
 
     name: str
     environment: dict[str, str] = field(default_factory=dict)
+    budgets: tuple[int, ...] = ()
+
+    def cases(self, task: str, length: int) -> list[str]:
+        """Names of its rows of one task and length."""
+        case = f"eval/{task}/ctx{length}"
+        return [f"{case}/budget{budget}" for budget in self.budgets] or [case]
+
+    @property
+    def log(self) -> str:
+        """A file's name that no other contender has."""
+        return "-".join([*self.name.split(":"), *map(str, self.budgets)]) + ".log"
 
 
-def contenders(policies: Iterable[str], budgets: Iterable[int], summaries: Iterable[str]) -> list[Contender]:
+def contenders(policies: Iterable[str], budgets: Sequence[int], summaries: Sequence[str]) -> list[Contender]:
     """`exact`, `window` and `topk` once for each budget, `topk` for each kind of summary, too, where some are named.
 
     Raises:
@@ -39,7 +56,7 @@ def contenders(policies: Iterable[str], budgets: Iterable[int], summaries: Itera
     made = []
     for policy in policies:
         if policy == "exact":
-            made.append(Contender("exact", {"FLASHCORE_POLICY": "exact"}))
+            made.append(Contender(f"{results.OURS}:exact", {"FLASHCORE_POLICY": "exact"}, tuple(budgets)))
             continue
         for budget in budgets:
             if policy == "window":
@@ -47,14 +64,15 @@ def contenders(policies: Iterable[str], budgets: Iterable[int], summaries: Itera
                 if recent < 1:
                     raise config.ConfigError(f"policy window: a budget of {budget} is no more than the sinks")
                 variables = {"FLASHCORE_POLICY": "window", "FLASHCORE_RECENT_TOKENS": str(recent)}
-                made.append(Contender(f"window:{budget}", variables))
+                made.append(Contender(f"{results.OURS}:window", variables, (budget,)))
                 continue
             config.load(policy="topk", budget_tokens=budget)
             variables = {"FLASHCORE_POLICY": "topk", "FLASHCORE_BUDGET_TOKENS": str(budget)}
+            name = f"{results.OURS}:topk"
             for kind in summaries:
-                made.append(Contender(f"topk:{budget}:{kind}", {**variables, "FLASHCORE_SUMMARY_KIND": kind}))
+                made.append(Contender(f"{name}:{kind}", {**variables, "FLASHCORE_SUMMARY_KIND": kind}, (budget,)))
             if not summaries:
-                made.append(Contender(f"topk:{budget}", variables))
+                made.append(Contender(name, variables, (budget,)))
     return made
 
 
@@ -92,10 +110,15 @@ def make_samples(
     }
 
 
-def run(name: str, client: Client, samples: Samples) -> list[results.Row]:
+def run(contender: Contender, client: Client, samples: Samples) -> list[results.Row]:
     """Asks one server everything: accuracy and the share of KV that decode reads, by task and length."""
     client.wait()
     table = results.Results()
+
+    def add(task: str, length: int, metric: str, value: float) -> None:
+        for case in contender.cases(task, length):
+            table.add(case, contender.name, metric, value)
+
     for length in dict.fromkeys(length for _, length in samples):
         accuracies, shares = [], []
         for task in (task for task, of_length in samples if of_length == length):
@@ -103,16 +126,16 @@ def run(name: str, client: Client, samples: Samples) -> list[results.Row]:
             scores = [score for sample in samples[task, length] for score in ask(client, sample)]
             after = client.pages()
             accuracies.append(fmean(scores))
-            table.add(f"eval/{task}/ctx{length}", name, "accuracy", accuracies[-1])
+            add(task, length, "accuracy", accuracies[-1])
             if before and after and after != before:
                 read, saved = after[0] - before[0], after[1] - before[1]
                 shares.append(read / (read + saved))
-                table.add(f"eval/{task}/ctx{length}", name, "kv_read", shares[-1])
-            print(f"{name}: {task} at {length}: {accuracies[-1]:.3f} of {len(scores)} questions", flush=True)
-        table.add(f"eval/average/ctx{length}", name, "accuracy", fmean(accuracies))
-        table.add(f"eval/worst/ctx{length}", name, "accuracy", min(accuracies))
+                add(task, length, "kv_read", shares[-1])
+            print(f"{contender.name}: {task} at {length}: {accuracies[-1]:.3f} of {len(scores)} questions", flush=True)
+        add("average", length, "accuracy", fmean(accuracies))
+        add("worst", length, "accuracy", min(accuracies))
         if shares:
-            table.add(f"eval/average/ctx{length}", name, "kv_read", fmean(shares))
+            add("average", length, "kv_read", fmean(shares))
     return table.rows
 
 
@@ -125,15 +148,12 @@ def run_servers(
     for first in range(0, len(todo), at_once):
         some = todo[first : first + at_once]
         with ExitStack() as stack:
-            clients = [
-                stack.enter_context(serve(model, c.environment, flags, logs / f"{c.name.replace(':', '-')}.log"))
-                for c in some
-            ]
+            clients = [stack.enter_context(serve(model, c.environment, flags, logs / c.log)) for c in some]
             samples = samples or make()  # while they start
             # Whatever goes wrong, the servers go first: a request to one that is gone fails at once.
             pool = ThreadPoolExecutor(at_once)
             stack.callback(pool.shutdown, wait=False, cancel_futures=True)
-            for done in pool.map(run, [c.name for c in some], clients, repeat(samples)):
+            for done in pool.map(run, some, clients, repeat(samples)):
                 rows += done
     return rows
 
@@ -157,7 +177,7 @@ def main(argv: Sequence[str]) -> int:
         count = counter(model)
         make = partial(make_samples, options.tasks, options.lengths, options.samples, options.seed, count)
         if client:
-            table.rows += run(options.name, client, make())
+            table.rows += run(Contender(options.name), client, make())
         else:
             table.rows += run_servers(todo, options.at_once, model, flags, options.logs or folder, make)
     for metric in ("accuracy", "kv_read"):
