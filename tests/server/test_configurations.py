@@ -35,7 +35,7 @@ CONFIGURATIONS = (
     Configuration(
         f"page-{ODD_PAGE}-prefill-only",
         "--prefill-attention-backend flashcore_sparse --decode-attention-backend torch_native "
-        f"--max-total-tokens 20000 --page-size {ODD_PAGE} --chunked-prefill-size 96",
+        f"--max-total-tokens 20000 --page-size {ODD_PAGE} --chunked-prefill-size {12 * ODD_PAGE}",
     ),
     Configuration(
         "page-16-topk-two-ranks",  # topk by its default budget, which holds all keys
