@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -144,3 +145,26 @@ def test_other_graphs_than_decode_are_refused() -> None:
     )
     with pytest.raises(UnsupportedFeatureError, match="captures decode graphs only, got EXTEND: use --cuda-graph"):
         fixture.backend.init_forward_metadata_out_graph(fixture.forward_batch)
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_a_slot_outside_of_the_pool_is_found_on_request(check: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under FLASHCORE_CHECK=1 before a kernel reads there; without it, planning waits for nothing and says nothing."""
+    monkeypatch.setenv("FLASHCORE_CHECK", str(int(check)))
+    case = kit.DenseAttentionCase(
+        name="wild-slot",
+        backend=BACKEND,
+        forward_mode=ForwardMode.DECODE,
+        num_heads=8,
+        num_kv_heads=2,
+        page_size=16,
+        prefix_lens=(14, 40),
+    )
+    fixture = kit.build_dense_attention_fixture(
+        Testcase(), case, head_dim=64, max_context_len=CONTEXT, dtype=torch.float32, device="cpu"
+    )
+    backend, batch = fixture.backend, fixture.forward_batch
+    wild = backend.num_pages + 7
+    backend.req_to_token_pool.req_to_token[batch.req_pool_indices[1], 16:32] = wild * 16 + torch.arange(16)
+    with pytest.raises(ValueError, match=f"got {wild}") if check else nullcontext():
+        backend.init_forward_metadata(batch)
