@@ -270,7 +270,7 @@ class PagedAttention:
         self._captured = self._captured or (q.is_cuda and torch.cuda.is_current_stream_capturing())
         if layout.options.policy is Policy.TOPK:
             self._planner.after_store(0, k_cache, self._first_page[: self._planner.plan.batch])
-        plan = self._planner.for_layer(0, q, k_cache)
+        plan = self._planner.for_layer(0, q, k_cache, settings.sm_scale)
         whole: list[tuple[list[torch.Tensor], dict[str, Any]]] = [(plan.tensors(), {})]
         runs = self._workspace.calls(plan.tensors(), settings.runs, lse is not None) if settings.runs else whole
         for part, lengths in runs:

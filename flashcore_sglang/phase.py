@@ -166,7 +166,7 @@ class Phase:
         logits_soft_cap: float,
     ) -> None:
         """Causal attention of a layer, as planned. q and out ``[num_tokens, heads, head_dim]``, out is contiguous."""
-        plan = self.planner(window).for_layer(layer_id, q, k_cache)
+        plan = self.planner(window).for_layer(layer_id, q, k_cache, sm_scale)
         whole: list[tuple[list[torch.Tensor], dict[str, Any]]] = [(plan.tensors(), {})]
         for part, lengths in whole if self._matmuls is None else self._matmuls.calls(plan.tensors()):
             ops.attend(

@@ -354,6 +354,30 @@ def test_planner_selects_behind_its_dense_layers(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_logsumexp_is_of_the_logits_that_the_layer_has(device: str) -> None:
+    """Queries four times as long under a quarter of the scale have the same logits: the same pages, to the bit."""
+    case = replace(CASES["bf16"], reduction=GroupReduction.LOGSUMEXP)
+    batch = case.batch()
+    options, pool = make_topk(case, batch, device, dense_layers=0)
+    options = replace(options, group_reduction=GroupReduction.LOGSUMEXP)
+    planner = make_planner(options, batch.capacity(), device, pool)
+    table = batch.plan(device)
+    dense = sum(map(len, batch.tables))
+    planner.begin_csr(None, table.kv_indptr, table.kv_indices[:dense], table.last_page_len)
+    k_cache, q = case.cache(batch.num_pages).to(device), case.query(batch.size).to(device)
+    planner.after_store(0, k_cache, torch.zeros(batch.size, dtype=torch.int32, device=device))
+
+    def lists(q: torch.Tensor, sm_scale: float | None) -> torch.Tensor:
+        plan = planner.for_layer(0, q, k_cache, sm_scale)
+        return plan.kv_indices[dense:].view(batch.size, case.num_kv_heads, -1).cpu()
+
+    expected = select(case, batch, q, k_cache, pool.of_layer[0])
+    assert torch.equal(lists(4 * q, case.head_dim**-0.5 / 4), expected)
+    assert torch.equal(lists(q, None), expected)
+    assert not torch.equal(lists(4 * q, None), expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", list(SummaryKind))
 def test_a_page_gets_its_summary_in_the_step_that_fills_it(kind: SummaryKind, device: str) -> None:
     case = Case((300, 1000, 48, 0), kind=kind)

@@ -202,8 +202,15 @@ class Planner:
                 tokens only, one of each request.
         """
 
-    def for_layer(self, layer_id: int, q: torch.Tensor, k_cache: torch.Tensor) -> Plan:
-        """The plan that ``layer_id`` attends over with ``q`` ``[num_tokens, num_qo_heads, head_dim]``."""
+    def for_layer(self, layer_id: int, q: torch.Tensor, k_cache: torch.Tensor, sm_scale: float | None = None) -> Plan:
+        """The plan that a layer attends over.
+
+        Args:
+            layer_id: the layer.
+            q: ``[num_tokens, num_qo_heads, head_dim]``.
+            k_cache: its K pages, as in ``after_store``.
+            sm_scale: factor of its logits; None: 1 / sqrt(head_dim).
+        """
         return self.plan
 
     def layer_plans(self) -> list[tuple[Plan, int]]:

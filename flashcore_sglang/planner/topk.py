@@ -45,13 +45,13 @@ class Topk(Planner):
         if first_page is not None:
             self.summaries.update(self.plan, layer_id, k_cache, first_page)
 
-    def for_layer(self, layer_id: int, q: torch.Tensor, k_cache: torch.Tensor) -> Plan:
+    def for_layer(self, layer_id: int, q: torch.Tensor, k_cache: torch.Tensor, sm_scale: float | None = None) -> Plan:
         if not self._sparse:
             return self.plan
         if layer_id not in self.summaries.sparse:
             return self.dense_plan
         if layer_id in self.summaries.of_layer:
-            self._select(layer_id, q, k_cache)
+            self._select(layer_id, q, k_cache, q.shape[-1] ** -0.5 if sm_scale is None else sm_scale)
         return self.plan
 
     def layer_plans(self) -> list[tuple[Plan, int]]:
@@ -60,7 +60,7 @@ class Topk(Planner):
         sparse = sum(layer in self.summaries.sparse for layer in self.summaries.spec.layers)
         return [(self.plan, sparse), (self.dense_plan, len(self.summaries.spec.layers) - sparse)]
 
-    def _select(self, layer_id: int, q: torch.Tensor, k_cache: torch.Tensor) -> None:
+    def _select(self, layer_id: int, q: torch.Tensor, k_cache: torch.Tensor, sm_scale: float) -> None:
         o, spec = self.options, self.summaries.spec
         ops.select(
             q,
@@ -72,7 +72,7 @@ class Topk(Planner):
             summary_kind=int(spec.kind),
             group_reduction=int(o.group_reduction),
             std_weight=o.std_weight,
-            sm_scale=spec.head_dim**-0.5,
+            sm_scale=sm_scale,
             sink_pages=o.sink_pages,
             recent_pages=o.recent_pages,
             budget_pages=o.budget_pages,
