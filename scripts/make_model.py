@@ -10,17 +10,14 @@ words are split at spaces, so token ids survive the way through text and back.
 """
 
 import argparse
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
-# The last ids of the vocabulary, so that "t<i>" is token i for every other id.
-SPECIAL_TOKENS = ("<unk>", "<pad>", "<s>", "</s>")
+from flashcore_sglang.examples.checkpoint import SPECIAL_TOKENS, write_llama
 
 CHAT_TEMPLATE = "{{ bos_token }}{% for message in messages %} {{ message['content'] }}{% endfor %}"
 
@@ -67,29 +64,9 @@ SHAPES = {
 
 
 def special_ids(vocab_size: int) -> dict[str, int]:
-    """Token id of each special token."""
+    """Token id of each special token: the last ones, so that "t<i>" is token i for every other id."""
     first = vocab_size - len(SPECIAL_TOKENS)
     return {token: first + i for i, token in enumerate(SPECIAL_TOKENS)}
-
-
-def make_config(shape: Shape, dtype: str) -> dict[str, object]:
-    """The content of config.json."""
-    ids = special_ids(shape.vocab_size)
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        **asdict(shape),
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-5,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "tie_word_embeddings": False,
-        "bos_token_id": ids["<s>"],
-        "eos_token_id": ids["</s>"],
-        "pad_token_id": ids["<pad>"],
-        "torch_dtype": dtype,
-        "transformers_version": "5.0.0",  # whose file format this is
-    }
 
 
 def make_tokenizer(vocab_size: int) -> Tokenizer:
@@ -100,20 +77,6 @@ def make_tokenizer(vocab_size: int) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in ids])
     return tokenizer
-
-
-def tokenizer_config(shape: Shape) -> dict[str, object]:
-    """The content of tokenizer_config.json."""
-    return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "unk_token": "<unk>",
-        "pad_token": "<pad>",
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-        "model_max_length": shape.max_position_embeddings,
-        "clean_up_tokenization_spaces": False,
-        "chat_template": CHAT_TEMPLATE,
-    }
 
 
 def weight_shapes(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -150,15 +113,9 @@ def make_weights(shape: Shape, dtype: torch.dtype, std: float, seed: int) -> dic
 def make_model(
     folder: Path, shape: Shape, *, dtype: str = "bfloat16", weights: bool = True, std: float = 0.02, seed: int = 0
 ) -> Path:
-    """Writes the checkpoint into `folder` and returns it; config.json comes last and so marks a complete one."""
-    folder.mkdir(parents=True, exist_ok=True)
-    make_tokenizer(shape.vocab_size).save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config(shape), indent=2) + "\n")
-    if weights:
-        tensors = make_weights(shape, DTYPES[dtype], std, seed)
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(make_config(shape, dtype), indent=2) + "\n")
-    return folder
+    """Writes the checkpoint into `folder` and returns it."""
+    tensors = make_weights(shape, DTYPES[dtype], std, seed) if weights else None
+    return write_llama(folder, asdict(shape), dtype, make_tokenizer(shape.vocab_size), tensors, CHAT_TEMPLATE)
 
 
 def main() -> None:

@@ -21,16 +21,15 @@ around them, and every key is the sum of three words': a page's mean key says li
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from flashcore_sglang.eval import tasks, words
+from flashcore_sglang.examples.checkpoint import SPECIAL_TOKENS, write_llama
 
 MAX_POSITIONS = 131072 + 1024
 
@@ -66,8 +65,6 @@ SALIENCE = {
 # Class of the current word -> the word that follows it by grammar.
 GRAMMAR = {"animal": "are", "variable": "=", "order": ":", "end": "</s>"}
 
-SPECIAL = ("<unk>", "<pad>", "<s>", "</s>")
-
 
 def vocabulary() -> dict[str, str]:
     """word -> class, in the order of token ids; the special tokens come last."""
@@ -86,7 +83,7 @@ def vocabulary() -> dict[str, str]:
             *(words.PEOPLE + words.VERBS + words.THINGS + words.PLACES + words.TIMES + words.PREPOSITIONS),
             *tasks.SENTENCES,
         ],
-        "special": SPECIAL,
+        "special": SPECIAL_TOKENS,
     }
     known: dict[str, str] = {}
     for name, members in classes.items():
@@ -270,56 +267,25 @@ def make_tokenizer() -> Tokenizer:
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", ids["<s>"])])
     return tokenizer
 
 
-def make_config() -> dict[str, object]:
-    """The content of config.json."""
-    ids = {word: i for i, word in enumerate(vocabulary())}
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+def make_model(folder: Path) -> Path:
+    """Writes the checkpoint into `folder` and returns it."""
+    sizes = {
         "hidden_size": HIDDEN,
         "intermediate_size": INNER,
         "num_hidden_layers": LAYERS,
         "num_attention_heads": HEADS,
         "num_key_value_heads": KV_HEADS,
         "head_dim": HEAD_DIM,
-        "vocab_size": len(ids),
+        "vocab_size": len(vocabulary()),
         "max_position_embeddings": MAX_POSITIONS,
         "rope_theta": ROPE_THETA,
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-5,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "tie_word_embeddings": False,
-        "bos_token_id": ids["<s>"],
-        "eos_token_id": ids["</s>"],
-        "pad_token_id": ids["<pad>"],
-        "torch_dtype": "bfloat16",
-        "transformers_version": "5.0.0",  # whose file format this is
     }
-
-
-def make_model(folder: Path) -> Path:
-    """Writes the checkpoint into `folder` and returns it; config.json comes last and so marks a complete one."""
-    folder.mkdir(parents=True, exist_ok=True)
-    make_tokenizer().save(str(folder / "tokenizer.json"))
-    tokenizer_config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "unk_token": "<unk>",
-        "pad_token": "<pad>",
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-        "model_max_length": MAX_POSITIONS,
-        "clean_up_tokenization_spaces": False,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2) + "\n")
-    save_file(make_weights(), folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(make_config(), indent=2) + "\n")
-    return folder
+    return write_llama(folder, sizes, "bfloat16", make_tokenizer(), make_weights())
 
 
 def main() -> None:
