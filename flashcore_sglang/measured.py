@@ -24,17 +24,20 @@ class Class:
         phase, head_dim: of the shapes.
         causal: of a prefill; None: either.
         max_batch: requests at most; None: any number.
-        unit: of the figures: ``TFLOPS`` (more is better) or ``us`` (less is better).
-        figures: by variant.
+        figures: by variant: TFLOPS of a prefill (more is better), microseconds of a decode step (less is better).
     """
 
     case: str
     phase: str
     head_dim: int
     figures: Mapping[str, float]
-    unit: str
     causal: bool | None = None
     max_batch: int | None = None
+
+    @property
+    def unit(self) -> str:
+        """Of the figures."""
+        return "TFLOPS" if self.phase == "prefill" else "us"
 
     def holds(self, shape: Shape) -> bool:
         """Whether the case stands for ``shape``."""
@@ -61,7 +64,6 @@ CLASSES = (
         head_dim=64,
         causal=False,
         figures={"wgmma_sm90": 483, "wmma_sm80": 269, "cublaslt": 75},
-        unit="TFLOPS",
     ),
     Class(
         case="prefill/b16/s2048/h16kv16d64/causal1/fp16/p64",
@@ -69,7 +71,6 @@ CLASSES = (
         head_dim=64,
         causal=True,
         figures={"wgmma_sm90": 369, "wmma_sm80": 221, "cublaslt": 61},
-        unit="TFLOPS",
     ),
     Class(
         case="prefill/b16/s4096/h96kv96d128/causal0/fp16/p64",
@@ -77,7 +78,6 @@ CLASSES = (
         head_dim=128,
         causal=False,
         figures={"wgmma_sm90": 580, "wmma_sm80": 295, "cublaslt": 139},
-        unit="TFLOPS",
     ),
     Class(
         case="prefill/b4/s8192/h32kv8d128/causal1/bf16/p64",
@@ -85,7 +85,6 @@ CLASSES = (
         head_dim=128,
         causal=True,
         figures={"wgmma_sm90": 665, "wmma_sm80": 299, "cublaslt": 202},
-        unit="TFLOPS",
     ),
     Class(
         case="decode/b1/ctx8192/h32kv8d128/p64",
@@ -93,14 +92,12 @@ CLASSES = (
         head_dim=128,
         max_batch=4,
         figures={"wgmma_sm90": 19.9, "wmma_sm80": 22.0},
-        unit="us",
     ),
     Class(
         case="decode/b64/ctx8192/h32kv8d128/p64",
         phase="decode",
         head_dim=128,
         figures={"wgmma_sm90": 488.9, "wmma_sm80": 493.8},
-        unit="us",
     ),
 )
 

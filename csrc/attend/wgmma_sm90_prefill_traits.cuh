@@ -26,8 +26,6 @@ struct Traits {
   static constexpr int kThreads = 128 * (kConsumers + 1);
   static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
   static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
-  static constexpr uint32_t kQueryBytes = kRows * kHeadDim * sizeof(T);
-  static constexpr uint32_t kBlockBytes = kBlockKeys * kHeadDim * sizeof(T);
   static constexpr float kRescaleLog2 = 8.0f;  // P stays below 2^8, well inside fp16
 };
 

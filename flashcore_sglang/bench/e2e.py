@@ -24,9 +24,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..plugin import BACKEND
 from .results import OURS, Results
 
-BACKEND = "flashcore_sparse"  # --attention-backend
 _PORT = 30000
 _START_LIMIT_S = 300
 

@@ -17,7 +17,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-BACKEND = "flashcore_sparse"  # --attention-backend
+from flashcore_sglang.plugin import BACKEND
+
 START_LIMIT_S = 600
 REQUEST_LIMIT_S = 600
 
