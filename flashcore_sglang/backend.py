@@ -296,18 +296,9 @@ class FlashcoreBackend(AttentionBackend):
         return Phase(name, choice, self.options, capacity, self.head_dim, self.device, self.summaries, matmuls)
 
     def _make_matmuls(self) -> cublaslt.Matmuls:
-        dtype = self.token_to_kv_pool.dtype
-        like = cublaslt.Shape(
-            batch=0,
-            max_qo_len=0,
-            max_kv_len=0,
-            num_kv_heads=self.num_kv_heads,
-            group=self.num_qo_heads // self.num_kv_heads,
-            head_dim=self.head_dim,
-            fp16=dtype == torch.float16,
-            causal=True,
-            fp32_scores=cublaslt.fp32_scores(self.config.cublaslt_scores, dtype),
-        )
+        heads = self.num_qo_heads, self.num_kv_heads, self.head_dim
+        dtype, scores = self.token_to_kv_pool.dtype, self.config.cublaslt_scores
+        like = cublaslt.layer_shape(*heads, dtype, causal=True, scores=scores)
         device = torch.device("cuda", torch.cuda.current_device())
         return cublaslt.Matmuls(cublaslt.Workspace(device, self.config.cublaslt_ws_mb), like)
 

@@ -71,6 +71,23 @@ def fp32_scores(setting: str, dtype: torch.dtype) -> bool:
     return dtype == torch.float16 if setting == "auto" else setting == "fp32"
 
 
+def layer_shape(
+    num_qo_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, causal: bool, scores: str
+) -> Shape:
+    """All of a ``Shape`` but its sizes, which are 0. ``scores`` is the setting ``cublaslt_scores``."""
+    return Shape(
+        batch=0,
+        max_qo_len=0,
+        max_kv_len=0,
+        num_kv_heads=num_kv_heads,
+        group=num_qo_heads // num_kv_heads,
+        head_dim=head_dim,
+        fp16=dtype == torch.float16,
+        causal=causal,
+        fp32_scores=fp32_scores(scores, dtype),
+    )
+
+
 def split(qo_lens: Sequence[int], kv_lens: Sequence[int], like: Shape) -> tuple[Run, ...]:
     """Cuts a batch where padding to the longest request would cost more than ``MAX_PADDING``.
 

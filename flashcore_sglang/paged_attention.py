@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
 from flashcore_sglang import config, cublaslt, ops, variants
+from flashcore_sglang.kernel import Kernel
 from flashcore_sglang.planner import (
     Capacity,
     Planner,
@@ -172,17 +172,8 @@ class PagedAttention:
             variant,
         )
         if choice.variant.name == "cublaslt" and settings.num_tokens > 0:
-            like = cublaslt.Shape(
-                batch=batch,
-                max_qo_len=0,
-                max_kv_len=0,
-                num_kv_heads=num_kv_heads,
-                group=num_qo_heads // num_kv_heads,
-                head_dim=head_dim,
-                fp16=q_data_type == torch.float16,
-                causal=causal,
-                fp32_scores=cublaslt.fp32_scores(self._config.cublaslt_scores, q_data_type),
-            )
+            heads = num_qo_heads, num_kv_heads, head_dim
+            like = cublaslt.layer_shape(*heads, q_data_type, causal=causal, scores=self._config.cublaslt_scores)
             kv_lens = _kv_lens(kv_indptr, kv_last_page_len, page_size)
             settings = replace(settings, runs=cublaslt.split(query_begins.diff().tolist(), kv_lens, like))
         capacity = Capacity(
@@ -271,27 +262,21 @@ class PagedAttention:
         if layout.options.policy is Policy.TOPK:
             self._planner.after_store(0, k_cache, self._first_page[: self._planner.plan.batch])
         plan = self._planner.for_layer(0, q, k_cache, settings.sm_scale)
-        whole: list[tuple[list[torch.Tensor], dict[str, Any]]] = [(plan.tensors(), {})]
-        runs = self._workspace.calls(plan.tensors(), settings.runs, lse is not None) if settings.runs else whole
-        for part, lengths in runs:
-            ops.attend(
-                q,
-                k_cache,
-                v_cache,
-                part,
-                self._partial_o[: plan.max_partials],
-                self._partial_lse[: plan.max_partials],
-                out,
-                lse,
-                rows_per_tile=capacity.rows_per_tile,
-                sm_scale=settings.sm_scale,
-                causal=settings.causal,
-                window_left=settings.window_left,
-                logits_soft_cap=settings.logits_soft_cap,
-                decode=settings.decode,
-                variant=layout.choice.variant.name,
-                **lengths,
-            )
+        parts = self._workspace.calls(plan.tensors(), settings.runs, lse is not None) if settings.runs else None
+        self._kernel.attend(
+            plan,
+            q,
+            k_cache,
+            v_cache,
+            out,
+            lse,
+            sm_scale=settings.sm_scale,
+            causal=settings.causal,
+            window_left=settings.window_left,
+            logits_soft_cap=settings.logits_soft_cap,
+            decode=settings.decode,
+            parts=parts,
+        )
         if not return_lse:
             return out
         assert lse is not None
@@ -326,8 +311,7 @@ class PagedAttention:
             summaries = Summaries(spec, capacity.num_pages, capacity.num_kv_heads, device)
         self._planner = make_planner(layout.options, capacity, device, summaries)
         self._first_page = torch.zeros(capacity.batch, dtype=torch.int32, device=device)
-        self._partial_o = torch.empty((capacity.max_partials, layout.head_dim), dtype=torch.float32, device=device)
-        self._partial_lse = torch.empty(capacity.max_partials, dtype=torch.float32, device=device)
+        self._kernel = Kernel(layout.choice, capacity, layout.head_dim, device)
         heads = (capacity.tokens, layout.num_qo_heads)
         self._out = torch.empty((*heads, layout.head_dim), dtype=layout.dtype, device=device)
         self._lse = torch.empty(heads, dtype=torch.float32, device=device)

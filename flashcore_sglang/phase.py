@@ -9,12 +9,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
-from flashcore_sglang import ops
 from flashcore_sglang.cublaslt import Matmuls
+from flashcore_sglang.kernel import Kernel
 from flashcore_sglang.planner import Capacity, Planner, PlannerOptions, Policy, Summaries, make_planner
 from flashcore_sglang.variants import Choice
 from flashcore_sglang.variants import Phase as PhaseName
@@ -66,8 +65,7 @@ class Phase:
 
     Attributes:
         decode: whether every request has one query token.
-        partial_o: fp32 ``[max_partials, head_dim]``, partial_lse: fp32 ``[max_partials]``: what tiles write whose
-            queries have keys in other tiles.
+        kernel: what attends over the plans.
     """
 
     def __init__(
@@ -82,7 +80,7 @@ class Phase:
         matmuls: Matmuls | None = None,
     ) -> None:
         self.decode = name == "decode"
-        self.choice = choice
+        self._choice = choice
         self._name = name
         self._options = options if self.decode else replace(options, policy=Policy.EXACT, share=False)
         self._head_dim = head_dim
@@ -131,7 +129,7 @@ class Phase:
             RuntimeError: a layer of a new window while a CUDA graph is captured: its plan would not be renewed.
         """
         if window not in self._planners:
-            if self._batch is None or (self.partial_o.is_cuda and torch.cuda.is_current_stream_capturing()):
+            if self._batch is None or (self.kernel.partial_o.is_cuda and torch.cuda.is_current_stream_capturing()):
                 raise RuntimeError(
                     f"flashcore_sparse: expected the windows {sorted(self._planners)} found in the model, got a layer "
                     f"with window {window} in a captured graph: serve with --disable-cuda-graph"
@@ -167,26 +165,19 @@ class Phase:
     ) -> None:
         """Causal attention of a layer, as planned. q and out ``[num_tokens, heads, head_dim]``, out is contiguous."""
         plan = self.planner(window).for_layer(layer_id, q, k_cache, sm_scale)
-        whole: list[tuple[list[torch.Tensor], dict[str, Any]]] = [(plan.tensors(), {})]
-        for part, lengths in whole if self._matmuls is None else self._matmuls.calls(plan.tensors()):
-            ops.attend(
-                q,
-                k_cache,
-                v_cache,
-                part,
-                self.partial_o[: plan.max_partials],
-                self.partial_lse[: plan.max_partials],
-                out,
-                None,
-                rows_per_tile=self.choice.tiling.rows_per_tile,
-                sm_scale=sm_scale,
-                causal=True,
-                window_left=window,
-                logits_soft_cap=logits_soft_cap,
-                decode=self.decode,
-                variant=self.choice.variant.name,
-                **lengths,
-            )
+        self.kernel.attend(
+            plan,
+            q,
+            k_cache,
+            v_cache,
+            out,
+            sm_scale=sm_scale,
+            causal=True,
+            window_left=window,
+            logits_soft_cap=logits_soft_cap,
+            decode=self.decode,
+            parts=None if self._matmuls is None else self._matmuls.calls(plan.tensors()),
+        )
 
     def _plan(self, batch: Batch, window: int) -> None:
         if window not in self._planners:
@@ -208,9 +199,7 @@ class Phase:
     def _allocate(self, capacity: Capacity) -> None:
         self.capacity = capacity
         self._planners: dict[int, Planner] = {}
-        rows = capacity.max_partials
-        self.partial_o = torch.empty((rows, self._head_dim), dtype=torch.float32, device=self._device)
-        self.partial_lse = torch.empty(rows, dtype=torch.float32, device=self._device)
+        self.kernel = Kernel(self._choice, capacity, self._head_dim, self._device)
         self._first_pages = torch.zeros(capacity.batch, dtype=torch.int32, device=self._device)
 
 

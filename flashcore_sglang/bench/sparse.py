@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from .. import ops, variants
+from ..kernel import Kernel
 from ..planner import Capacity, Planner, PlannerOptions, Policy, Summaries, SummarySpec, make_planner
 from . import peers
 from .accuracy import sample, token_error
@@ -106,14 +107,13 @@ class Step:
             sparse_pages=options.sparse_pages(case.batch, h.kv),
             page_size=case.page_size,
         )
-        self.case, self.variant, self.capacity = case, choice.variant.name, capacity
+        self.case, self.capacity = case, capacity
         self.q, self.k, self.v = q, k, v
         spec = SummarySpec([0], h.dim, k.dtype, max_columns=case.pages)
         self.summaries = Summaries(spec, k.shape[0], h.kv, device)
         self.planner: Planner = make_planner(options, capacity, device, self.summaries)
         self.out = torch.full_like(q, float("nan"))
-        rows = capacity.max_partials
-        self.partials = torch.empty((rows, h.dim), device=device), torch.empty(rows, device=device)
+        self.kernel = Kernel(choice, capacity, h.dim, device)
 
     def plan(self, table: torch.Tensor, lens: torch.Tensor) -> None:
         """Plans the step and brings the summaries up to date; once a step, and once for each change of the cache."""
@@ -127,21 +127,17 @@ class Step:
 
     def run(self) -> torch.Tensor:
         plan = self.planner.for_layer(0, self.q, self.k)
-        ops.attend(
+        self.kernel.attend(
+            plan,
             self.q,
             self.k,
             self.v,
-            plan.tensors(),
-            *self.partials,
             self.out,
-            None,
-            rows_per_tile=self.capacity.rows_per_tile,
             sm_scale=self.case.heads.dim**-0.5,
             causal=True,
             window_left=-1,
             logits_soft_cap=0.0,
             decode=True,
-            variant=self.variant,
         )
         return self.out
 
