@@ -12,7 +12,6 @@ import json
 import os
 import re
 import shlex
-import signal
 import statistics
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..launch import launched
 from ..plugin import BACKEND
 from .results import OURS, Results
 
@@ -154,30 +154,21 @@ class Backend:
 @contextmanager
 def server(model: str, backend: Backend, max_running: int, log: Path, flags: list[str]) -> Iterator[None]:
     """A server that is up inside the block and gone after it, with every process it started."""
-    command = [sys.executable, "-m", "sglang.launch_server", "--model", model, "--load-format", "dummy"]
+    command = ["--model", model, "--load-format", "dummy"]
     command += ["--attention-backend", backend.flag, "--host", "127.0.0.1", "--port", str(_PORT)]
     command += ["--mem-fraction-static", "0.88", "--cuda-graph-backend-prefill", "disabled"]
     command += ["--cuda-graph-max-bs", str(max_running), "--max-running-requests", str(max_running), *flags]
-    with log.open("w") as stream:
-        process = subprocess.Popen(
-            command, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True, env=backend.environment()
-        )
     try:
-        deadline = time.monotonic() + _START_LIMIT_S
-        while "ready to roll" not in log.read_text():
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(
-                    f"the {backend.spec} server did not start; the end of {log}:\n{log.read_text()[-3000:]}"
-                )
-            time.sleep(0.5)
-        yield
+        with launched(command, backend.environment(), log, grace_s=5) as process:
+            deadline = time.monotonic() + _START_LIMIT_S
+            while "ready to roll" not in log.read_text():
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise RuntimeError(
+                        f"the {backend.spec} server did not start; the end of {log}:\n{log.read_text()[-3000:]}"
+                    )
+                time.sleep(0.5)
+            yield
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(5)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
         time.sleep(2)  # the driver frees the memory of killed processes a moment later
 
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import socket
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -17,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from flashcore_sglang.launch import launched
 from flashcore_sglang.plugin import BACKEND
 
 START_LIMIT_S = 600
@@ -105,26 +104,16 @@ def serve(model: Path | str, environment: dict[str, str], flags: list[str], log:
     import torch
 
     port = _free_port()
-    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model)]
-    command += ["--attention-backend", BACKEND, "--host", "127.0.0.1", "--port", str(port), "--enable-metrics"]
+    command = ["--model-path", str(model), "--attention-backend", BACKEND]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--enable-metrics"]
     environ = {name: value for name, value in os.environ.items() if not name.startswith("FLASHCORE_")}
     if not torch.cuda.is_available():
         command += ["--device", "cpu"]
         environ |= {"SGLANG_PLATFORM": "flashcore_cpu", "TRITON_INTERPRET": "1"}
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w") as stream:
-        process = subprocess.Popen(
-            [*command, *flags],
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            env=environ | environment,
-            start_new_session=True,
-        )
-    try:
+    # Killed at once: nothing in it is worth saving.
+    with launched([*command, *flags], environ | environment, log) as process:
         yield Client(f"http://127.0.0.1:{port}", process, log)
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)  # nothing in it is worth saving
-        process.wait()
 
 
 def _free_port() -> int:

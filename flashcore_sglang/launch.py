@@ -1,0 +1,46 @@
+"""Starts `sglang.launch_server` beside this process, and ends it with all that it has started."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+MODULE = "sglang.launch_server"
+
+
+@contextmanager
+def launched(
+    flags: Sequence[str], environment: Mapping[str, str], log: Path, grace_s: float = 0.0, module: str = MODULE
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A server that may still be starting inside the block, and is gone after it.
+
+    Args:
+        flags: of the module.
+        environment: all of it.
+        log: the file for the server's output.
+        grace_s: seconds that it has to end by itself before it is killed.
+        module: another one than SGLang's server.
+    """
+    with log.open("w") as stream:
+        process = subprocess.Popen(
+            [sys.executable, "-m", module, *flags],
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            env=dict(environment),
+            start_new_session=True,
+        )
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):  # all of it has ended by itself
+            if grace_s > 0:
+                os.killpg(process.pid, signal.SIGTERM)
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(grace_s)
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
