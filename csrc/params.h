@@ -93,13 +93,20 @@ struct PageTableParams {
 
 enum class Policy : int32_t { exact = 0, window = 1, topk = 2 };
 
-// Pages that a request of `pages` reads under policy topk: budget_pages, or a share of its own in 65536ths where that
-// is more, as long as a list holds them.
-constexpr int32_t topk_pages(int32_t pages, int32_t budget_pages, int32_t budget_share, int32_t list_pages) {
-  const int32_t share = static_cast<int32_t>((int64_t{pages} * budget_share + 65535) / 65536);
-  const int32_t wanted = share > budget_pages ? share : budget_pages;
-  return wanted < list_pages ? wanted : list_pages;
-}
+// What the rows of policies window and topk read, and where the lists of these pages stand.
+struct SparseRows {
+  int32_t sink_pages, recent_pages;    // always read, at the start and at the end of a request
+  int32_t budget_pages, budget_share;  // topk: pages in all, or 65536ths of the request's where that is more
+  int32_t list_pages;                  // entries of a row's list, at least what the row reads
+  int32_t begin;                       // where the lists start in kv_indices
+
+  // Pages that a request of `pages` reads under policy topk.
+  constexpr int32_t topk_pages(int32_t pages) const {
+    const int32_t share = static_cast<int32_t>((int64_t{pages} * budget_share + 65535) / 65536);
+    const int32_t wanted = share > budget_pages ? share : budget_pages;
+    return wanted < list_pages ? wanted : list_pages;
+  }
+};
 
 // From a CSR page table to rows, tiles and CTA ranges.
 struct PlanParams {
@@ -110,11 +117,9 @@ struct PlanParams {
   int32_t num_kv_heads, group, page_size, num_pages;
   int32_t causal, window_left;  // window_left < 0: off
   Policy policy;                // window and topk apply to requests of one query token only
-  int32_t sink_pages, recent_pages, budget_pages, budget_share;
-  int32_t list_pages;    // entries of a sparse row's page list, at least what the row reads
-  int32_t sparse_begin;  // where the lists of sparse rows start in kv_indices
-  int32_t share;         // find and pack shared prefixes (requests of one query token only)
-  int32_t split_keys;    // 0: balance tiles over the CTAs; else cut every row each split_keys keys, whatever the batch
+  SparseRows sparse;
+  int32_t share;       // find and pack shared prefixes (requests of one query token only)
+  int32_t split_keys;  // 0: balance tiles over the CTAs; else cut every row each split_keys keys, whatever the batch
   void* stream;
 };
 
@@ -184,7 +189,7 @@ struct SelectParams {
   float std_weight;  // of the deviations of summary kind mean_std
   float sm_scale;    // of the logits; logsumexp only
   int32_t num_qo_heads;
-  int32_t sink_pages, recent_pages, budget_pages, budget_share, list_pages, sparse_begin;
+  SparseRows sparse;
   int32_t num_sms;
 };
 

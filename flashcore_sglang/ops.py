@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -36,6 +36,25 @@ def library() -> Any:
 
 def _fills_its_arguments(*args: object, **kwargs: object) -> None:
     """The fake of every op: nothing is returned, so there is no shape to tell."""
+
+
+class SparseRows(NamedTuple):
+    """What the rows of policies window and topk read, in the order of the ops' arguments.
+
+    Attributes:
+        sink_pages, recent_pages: always read, at the start and at the end of a request.
+        budget_pages: topk: pages in all; shorter requests are read whole.
+        budget_share: topk: 65536ths of a request's pages to read where that is more than ``budget_pages``.
+        list_pages: entries of a row's page list.
+        begin: where the page lists start in ``kv_indices``.
+    """
+
+    sink_pages: int
+    recent_pages: int
+    budget_pages: int
+    budget_share: int
+    list_pages: int
+    begin: int
 
 
 def page_table(
@@ -75,12 +94,7 @@ def plan(
     causal: bool,
     window_left: int,
     policy: int,
-    sink_pages: int,
-    recent_pages: int,
-    budget_pages: int,
-    budget_share: int,
-    list_pages: int,
-    sparse_begin: int,
+    sparse: SparseRows,
     share: bool,
     split_keys: int,
 ) -> None:
@@ -96,10 +110,7 @@ def plan(
         max_partials: rows of the partial buffers that ``attend`` will be given.
         causal, window_left: masks; ``window_left`` in keys, negative: off.
         policy: a ``Policy``.
-        sink_pages, recent_pages, budget_pages: of policies window and topk.
-        budget_share: topk: 65536ths of a request's pages to read where that is more than ``budget_pages``.
-        list_pages: entries of the page list of a sparse row.
-        sparse_begin: where the lists of sparse rows start in ``kv_indices``.
+        sparse: what the rows of policies window and topk read.
         share: pack requests that share pages.
         split_keys: 0, or the fixed length of a tile in keys.
     """
@@ -116,12 +127,7 @@ def plan(
         causal,
         window_left,
         policy,
-        sink_pages,
-        recent_pages,
-        budget_pages,
-        budget_share,
-        list_pages,
-        sparse_begin,
+        *sparse,
         share,
         split_keys,
     )
@@ -228,12 +234,7 @@ def select(
     group_reduction: int,
     std_weight: float,
     sm_scale: float,
-    sink_pages: int,
-    recent_pages: int,
-    budget_pages: int,
-    budget_share: int,
-    list_pages: int,
-    sparse_begin: int,
+    sparse: SparseRows,
 ) -> None:
     """Writes the pages that each sparse request and KV head reads into the sparse part of ``kv_indices``.
 
@@ -250,7 +251,7 @@ def select(
         group_reduction: a ``GroupReduction`` of the scores of a KV head's query heads.
         std_weight: of kind mean_std: q.mean + std_weight * |q|.std.
         sm_scale: of the logits, for logsumexp.
-        sink_pages, recent_pages, budget_pages, budget_share, list_pages, sparse_begin: what the plan was made with.
+        sparse: what the plan was made with.
     """
     library().select(
         q,
@@ -263,12 +264,7 @@ def select(
         group_reduction,
         std_weight,
         sm_scale,
-        sink_pages,
-        recent_pages,
-        budget_pages,
-        budget_share,
-        list_pages,
-        sparse_begin,
+        *sparse,
     )
 
 

@@ -93,6 +93,11 @@ class Batch:
         }
         return Capacity(**{**sizes, **changes}, share=self.share)
 
+    def sparse_rows(self, begin: int) -> ops.SparseRows:
+        return ops.SparseRows(
+            self.sink_pages, self.recent_pages, self.budget_pages, self.budget_share, self.list_pages, begin
+        )
+
     def load(self, plan: Plan) -> None:
         """Writes the page table into ``plan``."""
         device = plan.counts.device
@@ -122,12 +127,7 @@ class Batch:
             causal=self.causal,
             window_left=self.window_left,
             policy=int(self.policy),
-            sink_pages=self.sink_pages,
-            recent_pages=self.recent_pages,
-            budget_pages=self.budget_pages,
-            budget_share=self.budget_share,
-            list_pages=self.list_pages,
-            sparse_begin=c.pages,
+            sparse=self.sparse_rows(c.pages),
             share=self.share,
             split_keys=self.split_keys,
         )

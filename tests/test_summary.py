@@ -198,12 +198,7 @@ def select(case: Case, batch: Batch, q: torch.Tensor, k_cache: torch.Tensor, sum
         group_reduction=int(case.reduction),
         std_weight=case.std_weight,
         sm_scale=case.head_dim**-0.5,
-        sink_pages=case.sink_pages,
-        recent_pages=case.recent_pages,
-        budget_pages=case.budget_pages,
-        budget_share=case.budget_share,
-        list_pages=batch.list_pages,
-        sparse_begin=plan.capacity.pages,
+        sparse=batch.sparse_rows(plan.capacity.pages),
     )
     check_plan(plan, batch)
     return plan.kv_indices[plan.capacity.pages :].view(batch.size, case.num_kv_heads, batch.list_pages).cpu()

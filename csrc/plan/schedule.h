@@ -76,20 +76,19 @@ FLASHCORE_HD int32_t tokens_per_row(const PlanJob& p) { return p.by_row.value; }
 
 // Pages that the sparse row of a request of `pages` reads.
 FLASHCORE_HD int32_t sparse_pages(const PlanJob& p, int32_t pages) {
-  return p.policy == Policy::topk ? topk_pages(pages, p.budget_pages, p.budget_share, p.list_pages)
-                                  : p.sink_pages + p.recent_pages;
+  return p.policy == Policy::topk ? p.sparse.topk_pages(pages) : p.sparse.sink_pages + p.sparse.recent_pages;
 }
 
 // Where a request's page lists start; topk has one for each KV head.
 FLASHCORE_HD int32_t list_begin(const PlanJob& p, int32_t r) {
-  return p.sparse_begin + r * p.list_pages * (p.policy == Policy::topk ? p.num_kv_heads : 1);
+  return p.sparse.begin + r * p.sparse.list_pages * (p.policy == Policy::topk ? p.num_kv_heads : 1);
 }
 
 // Whether page table, page lists and tokens are inside their buffers; nothing of them may be read otherwise.
 FLASHCORE_HD bool batch_fits(const PlanJob& p) {
   const int32_t dense_end = p.plan.kv_indptr[p.batch];
   const int32_t lists_end = p.policy == Policy::exact ? dense_end : list_begin(p, p.batch);
-  return dense_end <= p.sparse_begin && lists_end <= p.plan.max_pages && p.plan.qo_indptr[p.batch] <= p.num_tokens;
+  return dense_end <= p.sparse.begin && lists_end <= p.plan.max_pages && p.plan.qo_indptr[p.batch] <= p.num_tokens;
 }
 
 FLASHCORE_HD bool is_sparse(const PlanJob& p, const Request& request) {
@@ -130,7 +129,7 @@ FLASHCORE_HD Row sparse_row(const PlanJob& p, const Request& request, int32_t r)
           .q_count = 1,
           .flags = kSole,
           .page_begin = list_begin(p, r),
-          .head_stride = p.policy == Policy::topk ? p.list_pages : 0,
+          .head_stride = p.policy == Policy::topk ? p.sparse.list_pages : 0,
           .kv_len = kv_len,
           .kv_pos = request.kv_len - kv_len,
           .request = r};

@@ -24,7 +24,7 @@ struct Writer {
   FLASHCORE_TEAM int32_t num_uncut() const { return given_up() ? 0 : tiles_before(p, s, num_packed, num_rows); }
   FLASHCORE_TEAM int32_t num_cuts() const { return given_up() ? 0 : s.cuts_upto[p.plan.num_ctas]; }
   FLASHCORE_TEAM int32_t num_listed() const {
-    return given_up() || p.policy != Policy::window ? 0 : p.batch * p.list_pages;
+    return given_up() || p.policy != Policy::window ? 0 : p.batch * p.sparse.list_pages;
   }
 
   // A token's position and merge entries, and its place in packed rows.
@@ -94,10 +94,10 @@ struct Writer {
 
   // An entry of the page list of a request: the sink pages, then the recent ones.
   FLASHCORE_TEAM void write_listed(int32_t i) const {
-    const int32_t pages = p.list_pages, r = i / pages, k = i % pages;
+    const int32_t pages = p.sparse.list_pages, r = i / pages, k = i % pages;
     const Request request = request_of(p, r);
     if (!is_sparse(p, request)) return;
-    const int32_t column = k < p.sink_pages ? k : request.pages - pages + k;
+    const int32_t column = k < p.sparse.sink_pages ? k : request.pages - pages + k;
     p.plan.kv_indices[list_begin(p, r) + k] = p.plan.kv_indices[request.page_begin + column];
   }
 

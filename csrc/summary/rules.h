@@ -112,19 +112,21 @@ struct Choice {
   FLASHCORE_HD Choice(const SelectParams& p, int32_t r) {
     const int32_t begin = p.plan.kv_indptr[r];
     pages = p.plan.kv_indptr[r + 1] - begin;
-    budget = topk_pages(pages, p.budget_pages, p.budget_share, p.list_pages);
-    middle_begin = p.sink_pages;
-    const int32_t recent_begin = pages - p.recent_pages, scored = p.pages.max_columns;
+    budget = p.sparse.topk_pages(pages);
+    middle_begin = p.sparse.sink_pages;
+    const int32_t recent_begin = pages - p.sparse.recent_pages, scored = p.pages.max_columns;
     middle_end = recent_begin < scored ? recent_begin : scored;
     table = p.plan.kv_indices + begin;
   }
   FLASHCORE_HD bool needed() const { return pages > budget; }
   FLASHCORE_HD int32_t columns() const { return needed() ? middle_end - middle_begin : 0; }
-  FLASHCORE_HD int32_t count(const SelectParams& p) const { return budget - p.sink_pages - p.recent_pages; }
+  FLASHCORE_HD int32_t count(const SelectParams& p) const {
+    return budget - p.sparse.sink_pages - p.sparse.recent_pages;
+  }
 };
 
 FLASHCORE_HD int32_t* list_of(const SelectParams& p, int32_t r, int32_t kv_head) {
-  return p.plan.kv_indices + p.sparse_begin + (int64_t{r} * p.pages.num_kv_heads + kv_head) * p.list_pages;
+  return p.plan.kv_indices + p.sparse.begin + (int64_t{r} * p.pages.num_kv_heads + kv_head) * p.sparse.list_pages;
 }
 
 FLASHCORE_HD float* scores_of(const SelectParams& p, int32_t r, int32_t kv_head) {

@@ -179,14 +179,14 @@ __global__ void __launch_bounds__(kThreads) select_kernel(SelectParams p) {
   const Columns columns{shared, scores_of(p, r, kv_head) + choice.middle_begin, choice.table + choice.middle_begin,
                         choice.columns()};
   if (choice.needed()) {
-    for (int32_t i = threadIdx.x; i < p.sink_pages; i += kThreads) list[i] = choice.table[i];
-    for (int32_t i = threadIdx.x; i < p.recent_pages; i += kThreads) {
-      list[choice.budget - p.recent_pages + i] = choice.table[choice.pages - p.recent_pages + i];
+    for (int32_t i = threadIdx.x; i < p.sparse.sink_pages; i += kThreads) list[i] = choice.table[i];
+    for (int32_t i = threadIdx.x; i < p.sparse.recent_pages; i += kThreads) {
+      list[choice.budget - p.sparse.recent_pages + i] = choice.table[choice.pages - p.sparse.recent_pages + i];
     }
     columns.stage_table();
   }
   wait_for_primary();  // for the scores; all else is older than their kernel
-  if (choice.needed()) write_list(columns, find_threshold(columns, choice.count(p)), list + p.sink_pages);
+  if (choice.needed()) write_list(columns, find_threshold(columns, choice.count(p)), list + p.sparse.sink_pages);
 }
 
 }  // namespace

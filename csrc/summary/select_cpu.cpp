@@ -76,9 +76,9 @@ void choose(const SelectParams& p, const Choice& choice, const float* scores, in
   std::nth_element(columns.begin(), columns.begin() + choice.count(p), columns.end(), better);
   columns.resize(choice.count(p));
   std::sort(columns.begin(), columns.end());
-  for (int32_t c = 0; c < p.sink_pages; ++c) *list++ = choice.table[c];
+  for (int32_t c = 0; c < p.sparse.sink_pages; ++c) *list++ = choice.table[c];
   for (const int32_t c : columns) *list++ = choice.table[c];
-  for (int32_t c = choice.pages - p.recent_pages; c < choice.pages; ++c) *list++ = choice.table[c];
+  for (int32_t c = choice.pages - p.sparse.recent_pages; c < choice.pages; ++c) *list++ = choice.table[c];
 }
 
 }  // namespace

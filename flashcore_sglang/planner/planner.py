@@ -76,6 +76,12 @@ class PlannerOptions:
             return max(self.budget_pages, -(-self.max_columns * self.budget_share // 65536))
         return 0
 
+    def sparse_rows(self, begin: int) -> ops.SparseRows:
+        """As the ops take it; page lists start at entry ``begin`` of ``kv_indices``."""
+        return ops.SparseRows(
+            self.sink_pages, self.recent_pages, self.budget_pages, self.budget_share, self.list_pages, begin
+        )
+
     def sparse_pages(self, batch: int, num_kv_heads: int) -> int:
         """Entries of the page lists of ``batch`` sparse rows: ``Capacity.sparse_pages``."""
         return batch * self.list_pages * (num_kv_heads if self.policy is Policy.TOPK else 1)
@@ -261,12 +267,7 @@ class Planner:
             causal=causal,
             window_left=window_left,
             policy=int(policy),
-            sink_pages=o.sink_pages,
-            recent_pages=o.recent_pages,
-            budget_pages=o.budget_pages,
-            budget_share=o.budget_share,
-            list_pages=o.list_pages,
-            sparse_begin=c.pages,
+            sparse=o.sparse_rows(c.pages),
             share=decode and o.share and c.packs,
             split_keys=o.split_keys if plan.cut else UNCUT,
         )

@@ -73,12 +73,7 @@ class Topk(Planner):
             group_reduction=int(o.group_reduction),
             std_weight=o.std_weight,
             sm_scale=sm_scale,
-            sink_pages=o.sink_pages,
-            recent_pages=o.recent_pages,
-            budget_pages=o.budget_pages,
-            budget_share=o.budget_share,
-            list_pages=o.list_pages,
-            sparse_begin=self.capacity.pages,
+            sparse=o.sparse_rows(self.capacity.pages),
         )
 
     def _make(self, num_tokens: int, *, decode: bool, causal: bool, window_left: int) -> None:

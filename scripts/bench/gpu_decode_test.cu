@@ -246,7 +246,7 @@ void build(Problem& problem, const Case& c, const Options& options, bool poison)
   pp.causal = c.causal;
   pp.window_left = c.window_left;
   pp.policy = Policy::exact;
-  pp.sparse_begin = kv_indices.size();
+  pp.sparse.begin = kv_indices.size();
   pp.share = c.share;
   pp.split_keys = c.split_keys;
   if (run_plan_cpu(pp) != 0 || counts[kOverflow]) {

@@ -324,7 +324,7 @@ Problem build(const Case& c, bool whole, bool poison) {
   plan.window_left = c.window_left;
   plan.policy = Policy::exact;
   plan.split_keys = whole ? 1 << 24 : 0;
-  plan.sparse_begin = kv_indices.size();
+  plan.sparse.begin = kv_indices.size();
   if (run_plan_cpu(plan) != 0 || counts[kOverflow]) {
     std::printf("%s: the plan overflowed\n", c.name.c_str());
     std::exit(1);
