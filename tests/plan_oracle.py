@@ -17,7 +17,7 @@ from flashcore_sglang import ops
 from flashcore_sglang.planner.plan import SPLIT_UNIT, Capacity, Count, Plan, Policy
 
 PACKED, SOLE = 1, 2
-MIN_UNITS, BASE_COST = 2, 4  # csrc/plan/schedule.h
+MIN_UNITS, BASE_COST, SLACK_SHARE = 2, 4, 16  # csrc/plan/schedule.h
 
 
 @dataclass
@@ -329,11 +329,19 @@ def check_ctas(view: PlanView, batch: Batch) -> None:
         costs.append(max(1, -(-(end - begin) // SPLIT_UNIT)) * weight)
     # The line also holds one unit of start-up for each pair.
     total = sum(costs) + sum(unit_cost(len(row.tokens) * batch.group) for row in view.rows) * batch.num_kv_heads
-    shares = min(batch.num_ctas, max(1, total // (MIN_UNITS * BASE_COST)))
+    share = total / min(batch.num_ctas, max(1, total // (MIN_UNITS * BASE_COST)))
+    slack = share / SLACK_SHARE + BASE_COST if cut_by_pairs(view) else 0
     for begin, end in itertools.pairwise(indptr):
-        assert sum(costs[begin:end]) <= total / shares + max(weights), (
+        assert sum(costs[begin:end]) <= share + slack + max(weights), (
             "no CTA has more than its share and a unit, or a packed tile"
         )
+
+
+def cut_by_pairs(view: PlanView) -> bool:
+    """Whether every CTA has whole (row, KV head) pairs, or one piece of one."""
+    whole = {begin for begin, end in itertools.pairwise(view.tile_indptr) if end - begin == 1}
+    ctas = itertools.pairwise(view.cta_indptr)
+    return all(end - begin <= 1 or whole.issuperset(range(begin, end)) for begin, end in ctas)
 
 
 def check_counts(view: PlanView, batch: Batch) -> None:

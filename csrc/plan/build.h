@@ -48,11 +48,13 @@ struct NodeRows {
 
 // What a row adds to the plan, as if the line were not cut.
 struct RowSum {
-  int64_t cost, pages;
-  int32_t tiles, partials;
+  int64_t cost;
+  int32_t pages, tiles, partials;
+  int32_t longest;  // work of the longest pair so far
 
   FLASHCORE_HD RowSum operator+(const RowSum& other) const {
-    return {cost + other.cost, pages + other.pages, tiles + other.tiles, partials + other.partials};
+    return {cost + other.cost, pages + other.pages, tiles + other.tiles, partials + other.partials,
+            longest > other.longest ? longest : other.longest};
   }
 };
 
@@ -144,7 +146,7 @@ struct Builder {
       plan.counts[kNumRows] = num_rows;
       plan.counts[kNumTiles] = num_tiles;
       plan.counts[kNumPartials] = num_partials;
-      plan.counts[kPagesRead] = static_cast<int32_t>(sum.pages);
+      plan.counts[kPagesRead] = sum.pages;
       plan.counts[kPagesDense] = plan.kv_indptr[p.batch];
       plan.counts[kRowsPacked] = num_packed;
       plan.counts[kOverflow] = 0;
@@ -204,7 +206,7 @@ struct Builder {
           const FixedCuts cuts(p, row, work.units, num_packed);
           const int32_t tiles = cuts.tiles * p.num_kv_heads;
           return RowSum{work.total() * p.num_kv_heads, ceil_div(row.kv_len, p.by_page), tiles,
-                        cuts.merged(row) ? tiles * work.packed : 0};
+                        cuts.merged(row) ? tiles * work.packed : 0, static_cast<int32_t>(work.total())};
         },
         [&](int32_t i, const RowSum& before) { store(i, before, row_cost); });
     team.for_each(1, [&](int32_t) { store(num_rows, sum, row_cost); });
@@ -243,6 +245,11 @@ struct Builder {
   FLASHCORE_TEAM Start start_of(const Line& line, const Row* rows, const int64_t* row_cost, int32_t num_rows,
                                 int32_t num_packed, const RowSum& sum, int32_t cta) const {
     if (cta >= line.shares || num_rows == 0) return {.tile = sum.tiles};
+    if (line.whole > 0) {
+      const int32_t pairs = num_rows * p.num_kv_heads, pair = cta * line.whole;
+      return {.tile = pair < pairs ? pair : pairs};
+    }
+    if (line.pieces > 0) return start_of_piece(line, rows, num_rows, cta);
     const int64_t begin = line.begin(cta);
     const int32_t i = find_segment(row_cost, 0, num_rows, begin);
     const Row row = rows[i];
@@ -268,9 +275,21 @@ struct Builder {
             .cut = {cuts, cuts ? (first ? 2 : 1) * work.packed : 0}};
   }
 
+  FLASHCORE_TEAM Start start_of_piece(const Line& line, const Row* rows, int32_t num_rows, int32_t cta) const {
+    const int32_t pair = cta / line.pieces, piece = cta - pair * line.pieces, i = pair / p.by_head;
+    if (i >= num_rows) return {.tile = num_rows * p.num_kv_heads};
+    const PairWork work = work_of(rows[i], p.group);
+    const int32_t unit = piece * work.units / line.pieces;
+    const int32_t unit_before = piece > 0 ? (piece - 1) * work.units / line.pieces : 0;
+    const bool cuts = unit > unit_before;  // a pair of fewer units leaves CTAs without
+    return {
+        .tile = pair, .pair = pair, .unit = unit, .cut = {cuts, cuts ? (unit_before == 0 ? 2 : 1) * work.packed : 0}};
+  }
+
   FLASHCORE_TEAM CutSum cut_line(const Row* rows, const int64_t* row_cost, int32_t num_rows, int32_t num_packed,
                                  const RowSum& sum) {
-    const Line line(sum.cost, p.plan.num_ctas, p.split_keys == 0);
+    Line line(sum.cost, p.plan.num_ctas, p.split_keys == 0);
+    if (one_tile_each(p, num_packed) && num_rows > 0) line.cut_by_pairs(num_rows * p.num_kv_heads, sum.longest);
     team.for_each(1, [&](int32_t) { *s.line = line; });
     Start start;
     const CutSum cuts = team.template scan<CutSum>(

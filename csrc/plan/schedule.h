@@ -1,8 +1,9 @@
 // The arithmetic of a plan, for host and device alike: what a request wants, what a key costs, where tiles are cut.
 //
 // Balanced tiles ("stream-K", Osama et al., arXiv 2301.03598): the work of all (row, KV head) pairs is laid on one
-// line, in units of kSplitUnit keys, and the line is cut evenly over the CTAs. Every cut has a closed form, so that
-// tiles are found in parallel and come out the same on every machine.
+// line, in units of kSplitUnit keys, and the line is cut evenly over the CTAs. Where pairs are about as long as each
+// other, each is cut into as many equal pieces as there are CTAs for it, or a CTA takes a number of whole ones. Every
+// cut has a closed form, so that tiles are found in parallel and come out the same on every machine.
 #pragma once
 
 #include "params.h"
@@ -147,6 +148,9 @@ constexpr int32_t kMinPackedUnits = 32;
 // than they save.
 constexpr int32_t kMinUnits = 2;
 
+// Cut by pairs, a CTA may have this part of its share too much, and a unit.
+constexpr int32_t kSlackShare = 16;
+
 // Work of one (row, KV head) pair on the line. A tile's start-up costs about as much as a unit: it stands behind the
 // pair's last unit as a stretch in which no unit starts.
 struct PairWork {
@@ -170,9 +174,14 @@ FLASHCORE_HD int64_t divide(int64_t a, int64_t b) {
 
 // The line in `shares` stretches, the first `longer` of them of length + 1: a unit belongs to the CTA in whose stretch
 // it starts. A unit whose predecessor in the pair belongs to another CTA starts a tile: there the line is cut.
+//
+// Or, where no CTA then has much more than its share: `pieces` equal pieces of every pair, a CTA each, or `whole` pairs
+// a CTA. A CTA has one tile then, or tiles that need no merge. Memory stays busy as long as a third of the CTAs are, so
+// that a share that is a little too large costs less than the start-up and the partial results of a second tile.
 struct Line {
   int64_t length;
   int32_t longer, shares;
+  int32_t pieces = 0, whole = 0;  // both 0: cut evenly
 
   FLASHCORE_HD Line(int64_t work, int32_t num_ctas, bool balanced) : shares(num_ctas) {
     const int64_t enough = divide(work, kMinUnits * kBaseCost);
@@ -180,6 +189,17 @@ struct Line {
     length = divide(work, shares);
     longer = static_cast<int32_t>(work - length * shares);
   }
+  FLASHCORE_HD void cut_by_pairs(int32_t pairs, int64_t longest) {
+    const int64_t most = length + length / kSlackShare + kBaseCost;
+    if (pairs <= shares) {
+      const int32_t n = shares / pairs;
+      if (longest <= most * n) pieces = n;
+    } else {
+      const int32_t n = ceil_div(pairs, shares);
+      if (longest * n <= most) whole = n;
+    }
+  }
+
   FLASHCORE_HD int64_t begin(int32_t cta) const { return cta * length + (cta < longer ? cta : longer); }
   // The cta with begin(cta) <= position < begin(cta + 1).
   FLASHCORE_HD int32_t cta_of(int64_t position) const {

@@ -66,7 +66,8 @@ struct Writer {
     const int32_t pair = i * p.num_kv_heads + head;
 
     const Line line = *s.line;
-    const int32_t cut = s.cuts_upto[line.cta_of(s.row_cost[i] + head * work.total())];
+    const bool by_pairs = line.pieces + line.whole > 0;
+    const int32_t cut = s.cuts_upto[by_pairs ? pair * line.pieces : line.cta_of(s.row_cost[i] + head * work.total())];
     const bool is_cut = (cut < s.cuts_upto[plan.num_ctas]) & (s.cut_pair[cut] == pair);  // &: loaded side by side
     const bool merged = is_cut || fixed.merged(row);
     const int32_t end = (is_cut ? s.cut_unit[cut] : (k + 1) * fixed.split_units) * kSplitUnit;

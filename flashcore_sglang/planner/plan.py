@@ -140,7 +140,7 @@ class Capacity:
     def scratch_size(self) -> int:
         """int32 entries the planner works in: csrc/plan/scratch.h."""
         sharing = (2 + 9 * MAX_LEVELS) * self.batch if self.packs else 0
-        return 4 + 4 * (self.max_rows + 1) + 4 * (self.num_ctas + 1) + 2 * (self.batch + 1) + sharing
+        return 6 + 4 * (self.max_rows + 1) + 4 * (self.num_ctas + 1) + 2 * (self.batch + 1) + sharing
 
 
 @dataclass
