@@ -8,6 +8,7 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 from flashcore_sglang import bench, reference
-from flashcore_sglang.bench import e2e, plot, prefill, results
+from flashcore_sglang.bench import compare, e2e, plot, prefill, results, timing
 from flashcore_sglang.bench.accuracy import sample, token_error
 from flashcore_sglang.bench.cases import DECODE_SUITES, PREFILL_SUITES, DecodeCase, Heads, PrefillCase
 
@@ -84,6 +85,37 @@ def test_the_96_heads_are_reported_one_by_one() -> None:
     rows = [results.Row(case.name, "fa3", "time_us", 22800.0), results.Row("another", "fa3", "time_us", 1.0)]
     line = prefill.per_head(case, [*rows, results.Row(case.name, "fa3", "tflops", 578.0)])
     assert "us a head: fa3 237.5; memory alone takes 16.0 at 4.2 TB/s" in line
+
+
+def test_what_is_off_by_more_than_the_peers_is_not_timed() -> None:
+    made = results.Results()
+    calls = {"fa3": 1.0, "flashinfer": None, "flashcore": 3.0, "flashcore:wrong": 7.0}
+    failures = compare.compare(
+        made,
+        "decode/x",
+        {name: None if off is None else partial(torch.tensor, off) for name, off in calls.items()},
+        error=torch.Tensor.item,
+        allowed=lambda of_peers: 3 * max(of_peers),
+        time=lambda call: timing.Time(2.0, 0.5),
+        metric="tb_s",
+        work=6_000_000,
+    )
+    assert failures == ["decode/x: flashcore:wrong is off fp64 by 7.00e+00, allowed are 3.00e+00"]
+    assert {(row.backend, row.metric): (row.value, row.spread) for row in made.rows} == {
+        (name, metric): value
+        for name, off in (("fa3", 1.0), ("flashcore", 3.0))
+        for metric, value in (("time_us", (2.0, 0.5)), ("tb_s", (3.0, 0.0)), ("max_error", (off, 0.0)))
+    }
+
+
+def test_only_what_is_missing_is_measured_again() -> None:
+    cases = TREES[:2]
+    made = results.Results()
+    for name in ("flashcore", "fa3"):
+        made.add(cases[0].name, name, "time_us", 1.0)
+    assert list(compare.unmeasured(made, cases, ["auto"])) == cases[1:]
+    assert list(compare.unmeasured(made, cases, ["auto", "wmma_sm80"])) == cases
+    assert not made.rows, "of one run: the peers are measured again beside the new variant"
 
 
 def decode_log(lines: list[tuple[int, float]]) -> str:

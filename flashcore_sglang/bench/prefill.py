@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from .. import PagedAttention
 from . import peers
 from .accuracy import sample, token_error
 from .cases import Heads, PrefillCase
-from .results import OURS, Results, Row, is_ours
-from .timing import measure
+from .compare import backend, compare, unmeasured
+from .results import Results, Row
+from .timing import Time, measure
 
 _CHECKED_ROWS = 8  # query tokens compared with fp64
 _COPY_TB_S = 4.2  # read and written by a device-to-device copy on an H200
@@ -87,40 +90,34 @@ def run(results: Results, cases: list[PrefillCase], variants: list[str], with_pe
     Returns:
         What was not timed, a line each: a result of ours whose error exceeds twice the best peer's.
     """
-    names = {variant: OURS if variant == "auto" else f"{OURS}:{variant}" for variant in variants}
     failures: list[str] = []
-    for case in cases:
-        if all(results.has(case.name, name) for name in names.values()):
-            continue
-        results.drop(case.name)
-        torch.manual_seed(0)
-        q, k, v, cache = _inputs(case)
-        calls: dict[str, peers.Call] = {}
-        if with_peers:
-            for name, make in peers.PREFILL.items():
-                call = make(case, q, k, v, cache)
-                if call is not None:
-                    calls[name] = call
-        for variant in variants:
-            calls[names[variant]] = flashcore_call(case, variant, q, cache)
-        errors = {name: max_error(case, call(), q, cache) for name, call in calls.items()}
-        peer_error = min((e for name, e in errors.items() if not is_ours(name)), default=float("inf"))
-        for name, call in calls.items():
-            if is_ours(name) and errors[name] > 2 * peer_error:
-                failures.append(f"{case.name}: {name} is off fp64 by {errors[name]:.2e}, peers by {peer_error:.2e}")
-                print(failures[-1], flush=True)
-                continue
-            first = measure(call, 2, graph=False)
-            count = int(max(3, min(repeats, _MAX_REPEATS_US / first.median)))
-            time = measure(call, count, graph=False)
-            results.add(case.name, name, "time_us", *time)
-            results.add(case.name, name, "tflops", case.flops / time.median / 1e6)
-            results.add(case.name, name, "max_error", errors[name])
-        results.flush()
-        speeds = {r.backend: r.value for r in results.rows if r.case == case.name and r.metric == "tflops"}
-        print(case.name, {name: round(t) for name, t in speeds.items()}, flush=True)
+    for case in unmeasured(results, cases, variants):
+        failures += _run(results, case, variants, with_peers, repeats)
         if case == _PER_HEAD:
             print(per_head(case, results.rows), flush=True)
-        del q, k, v, cache, calls
-        torch.cuda.empty_cache()
     return failures
+
+
+def _run(results: Results, case: PrefillCase, variants: list[str], with_peers: bool, repeats: int) -> list[str]:
+    q, k, v, cache = _inputs(case)
+    calls: dict[str, peers.Call | None] = {}
+    if with_peers:
+        calls = {name: make(case, q, k, v, cache) for name, make in peers.PREFILL.items()}
+    for variant in variants:
+        calls[backend(variant)] = flashcore_call(case, variant, q, cache)
+    return compare(
+        results,
+        case.name,
+        calls,
+        error=lambda out: max_error(case, out, q, cache),
+        allowed=lambda of_peers: 2 * min(of_peers, default=math.inf),
+        time=lambda call: _time(call, repeats),
+        metric="tflops",
+        work=case.flops,
+    )
+
+
+def _time(call: peers.Call, repeats: int) -> Time:
+    """Eager: prefill is not captured. Long calls are repeated less."""
+    first = measure(call, 2, graph=False)
+    return measure(call, int(max(3, min(repeats, _MAX_REPEATS_US / first.median))), graph=False)
