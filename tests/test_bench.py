@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from flashcore_sglang import bench, reference
-from flashcore_sglang.bench import compare, e2e, plot, prefill, results, timing
+from flashcore_sglang.bench import compare, decode, e2e, plot, prefill, results, sparse, timing
 from flashcore_sglang.bench.accuracy import sample, token_error
 from flashcore_sglang.bench.cases import DECODE_SUITES, PREFILL_SUITES, DecodeCase, Heads, PrefillCase
 
@@ -272,6 +272,38 @@ def test_rows_of_another_machine_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected rows of this machine"):
         results.Results(path=file).resume()
     results.Results(path=tmp_path / "not there yet.json").resume()
+
+
+def test_figures_with_the_l2_emptied_otherwise_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "r.json"
+    results.Results(l2_flush="write").save(file)
+    assert json.loads(file.read_text())["l2_flush"] == "write"
+    results.Results(path=file, l2_flush="write").resume()
+    with pytest.raises(ValueError, match="expected rows with l2_flush read, got those with write"):
+        results.Results(path=file, l2_flush="read").resume()
+
+
+@pytest.mark.parametrize(
+    "arguments, flush",
+    [
+        ("decode", "read"),
+        ("decode --flush write", "write"),
+        ("prefill", "read"),
+        ("sparse", "read"),
+        ("e2e --model m", None),
+    ],
+)
+def test_how_the_l2_is_emptied_is_recorded(arguments: str, flush: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[results.Results] = []
+
+    def run(measured: results.Results, *_: object) -> list[str]:
+        made.append(measured)
+        return []
+
+    for benchmark in (decode, prefill, sparse, e2e):
+        monkeypatch.setattr(benchmark, "run", run)
+    assert bench.main(arguments.split()) == 0
+    assert [measured.l2_flush for measured in made] == [flush]
 
 
 def test_readme_tables_are_what_the_result_files_say() -> None:

@@ -12,7 +12,7 @@ from .accuracy import sample, token_error
 from .cases import DecodeCase
 from .compare import backend, compare, unmeasured
 from .results import Results
-from .timing import measure
+from .timing import Flush, measure
 
 _CHECKED = 4  # requests compared with fp64
 _ERROR_SLACK = 1e-4  # absolute: one bf16 ulp of values below 0.03, which outputs over thousands of random keys are
@@ -65,7 +65,14 @@ def max_error(
     )
 
 
-def run(results: Results, cases: list[DecodeCase], variants: list[str], with_peers: bool, repeats: int) -> list[str]:
+def run(
+    results: Results,
+    cases: list[DecodeCase],
+    variants: list[str],
+    with_peers: bool,
+    repeats: int,
+    flush: Flush,
+) -> list[str]:
     """Measures every case that `results` does not have, saving rows as they come.
 
     Returns:
@@ -73,11 +80,13 @@ def run(results: Results, cases: list[DecodeCase], variants: list[str], with_pee
     """
     failures: list[str] = []
     for case in unmeasured(results, cases, variants):
-        failures += _run(results, case, variants, with_peers, repeats)
+        failures += _run(results, case, variants, with_peers, repeats, flush)
     return failures
 
 
-def _run(results: Results, case: DecodeCase, variants: list[str], with_peers: bool, repeats: int) -> list[str]:
+def _run(
+    results: Results, case: DecodeCase, variants: list[str], with_peers: bool, repeats: int, flush: Flush
+) -> list[str]:
     table, lens, num_pages = case.page_table("cuda")
     h = case.heads
     k = torch.randn(num_pages, case.page_size, h.kv, h.dim, device="cuda", dtype=torch.bfloat16)
@@ -94,7 +103,7 @@ def _run(results: Results, case: DecodeCase, variants: list[str], with_peers: bo
         calls,
         error=lambda out: max_error(case, out, q, k, v, table, lens),
         allowed=lambda of_peers: max(of_peers, default=math.inf) + _ERROR_SLACK,
-        time=lambda call: measure(call, repeats),
+        time=lambda call: measure(call, repeats, flush=flush),
         metric="tb_s",
         work=case.unique_bytes,
     )

@@ -61,17 +61,19 @@ class Results:
 
     Attributes:
         path: where ``flush`` writes; None: nowhere.
+        l2_flush: how kernels found the L2 emptied, see ``timing``; None where no kernel is timed by itself.
     """
 
     rows: list[Row] = field(default_factory=list)
     command: str = field(default_factory=lambda: shlex.join(["flashcore", *sys.argv[1:]]))
     path: Path | None = None
+    l2_flush: str | None = None
 
     def resume(self) -> None:
         """Takes over the rows that ``path`` has, if it is there: one run in several calls.
 
         Raises:
-            ValueError: they were measured on another machine, or with another torch.
+            ValueError: they were measured on another machine, with another torch, or with the L2 emptied otherwise.
         """
         if self.path is None or not self.path.exists():
             return
@@ -80,6 +82,11 @@ class Results:
             raise ValueError(
                 f"{self.path}: expected rows of this machine, {host()}, got those of {record['host']}; figures of two "
                 "machines are not compared: name another file"
+            )
+        if record.get("l2_flush") != self.l2_flush:
+            raise ValueError(
+                f"{self.path}: expected rows with l2_flush {self.l2_flush}, got those with {record.get('l2_flush')}; "
+                "figures of the two are not compared: name another file"
             )
         self.rows = load(self.path)
         commands = record["command"].split(" && ")
@@ -105,6 +112,7 @@ class Results:
             "command": self.command,
             "host": host(),
             "date": datetime.date.today().isoformat(),
+            **({"l2_flush": self.l2_flush} if self.l2_flush else {}),
             "rows": [asdict(row) for row in self.rows],
         }
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,8 @@
 """Device time of a captured call: cold L2, CUDA-graph replay, median and spread.
 
 The L2 is filled with other lines by reading them, as the weights do that a server reads between two attentions. Filling
-it by writing leaves tens of megabytes of dirty lines, whose write-back runs under the next kernel and is charged to it.
+it by writing, as most published benchmarks do, leaves tens of megabytes of dirty lines, whose write-back runs under the
+next kernel and is charged to it: there for a comparison with such figures.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ from __future__ import annotations
 import functools
 import statistics
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
+Flush = Literal["read", "write"]
 _FLUSH_BYTES = 256 << 20  # several times the 50 to 60 MB of a Hopper L2
 
 
@@ -28,9 +30,12 @@ def _flush_buffer() -> torch.Tensor:
     return torch.zeros(_FLUSH_BYTES // 4, dtype=torch.float32, device="cuda")
 
 
-def flush_l2() -> None:
-    """Leaves nothing in the L2 that the measured call reads, and nothing to write back."""
-    torch.sum(_flush_buffer())
+def flush_l2(by: Flush = "read") -> None:
+    """Leaves nothing in the L2 that the measured call reads; ``read`` leaves nothing to write back, either."""
+    if by == "read":
+        torch.sum(_flush_buffer())
+    else:
+        _flush_buffer().zero_()
 
 
 def captured(call: Callable[[], object]) -> Callable[[], None]:
@@ -47,14 +52,14 @@ def captured(call: Callable[[], object]) -> Callable[[], None]:
     return graph.replay
 
 
-def measure(call: Callable[[], object], repeats: int = 20, graph: bool = True) -> Time:
+def measure(call: Callable[[], object], repeats: int = 20, graph: bool = True, flush: Flush = "read") -> Time:
     """Times `call` on the device, with the L2 flushed before every run."""
     replay = captured(call) if graph else call
     for _ in range(2):
         replay()
     times = []
     for _ in range(repeats):
-        flush_l2()
+        flush_l2(flush)
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
         replay()

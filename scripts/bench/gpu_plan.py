@@ -130,7 +130,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file for the results")
     parser.add_argument("--repeats", type=int, default=20)
     options = parser.parse_args()
-    results = Results(command=shlex.join(["python", *sys.argv]))
+    results = Results(command=shlex.join(["python", *sys.argv]), l2_flush="read")
     for case in CASES:
         run(case, options.repeats, results)
     if options.json:
