@@ -165,14 +165,14 @@ class FakeServers:
     sent: list[tuple[str, ...]] = field(default_factory=list)
 
     @contextmanager
-    def server(self, model: str, backend: e2e.Backend, max_running: int, log: Path, flags: list[str]):  # type: ignore[no-untyped-def]
+    def server(self, model: str, backend: e2e.Backend, port: int, max_running: int, log: Path, flags: list[str]):  # type: ignore[no-untyped-def]
         if backend.spec == "broken":
             raise RuntimeError("did not start")
         self.up.append(backend.spec)
         log.write_text(decode_log([(4, 400.0)]))
         yield
 
-    def serve(self, model: str, flags: list[str], output: Path, limit_s: float) -> dict[str, float]:
+    def serve(self, model: str, port: int, flags: list[str], output: Path, limit_s: float) -> dict[str, float]:
         self.sent.append((self.up[-1], *flags))
         if "fa3" in self.up[-1] and "4096" in flags:
             raise RuntimeError("bench_serving failed")
@@ -186,7 +186,7 @@ def servers(monkeypatch: pytest.MonkeyPatch) -> FakeServers:
     fake = FakeServers()
     monkeypatch.setattr(e2e, "server", fake.server)
     monkeypatch.setattr(e2e, "_serve", fake.serve)
-    monkeypatch.setattr(e2e, "_healthy", lambda: True)
+    monkeypatch.setattr(e2e, "_healthy", lambda port: True)
     return fake
 
 

@@ -57,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         help="--attention-backend values; flashcore_sparse:PRESET is ours under FLASHCORE_CONFIG=PRESET",
     )
     server.add_argument("--workloads", nargs="+", default=["W1", "W2", "W3", "W4"], help="see bench/e2e.py")
+    server.add_argument("--port", type=int, default=30000, help="of the server")
     server.add_argument("--max-running", type=int, default=512, help="concurrent requests of the server")
     server.add_argument("--limit-s", type=float, default=300, help="seconds after which a workload counts as hung")
     server.add_argument("--logs", type=Path, default=Path("bench_logs"), help="folder for server and client logs")
@@ -113,6 +114,7 @@ def _measure(args: argparse.Namespace) -> int:
                 args.logs,
                 args.server_flags,
                 args.limit_s,
+                args.port,
             )
     finally:  # what was measured before an error or an interrupt counts, too
         measured.flush()

@@ -27,7 +27,6 @@ from ..launch import launched
 from ..plugin import BACKEND
 from .results import OURS, Results
 
-_PORT = 30000
 _START_LIMIT_S = 300
 
 
@@ -116,9 +115,9 @@ def steady(log: str) -> tuple[float, float]:
     return statistics.median(speeds), statistics.median(1e3 * running / speed for running, speed in full)
 
 
-def _healthy() -> bool:
+def _healthy(port: int) -> bool:
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{_PORT}/health_generate", timeout=30) as reply:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health_generate", timeout=30) as reply:
             return bool(reply.status == 200)
     except (urllib.error.URLError, TimeoutError, ConnectionError):
         return False
@@ -152,10 +151,10 @@ class Backend:
 
 
 @contextmanager
-def server(model: str, backend: Backend, max_running: int, log: Path, flags: list[str]) -> Iterator[None]:
+def server(model: str, backend: Backend, port: int, max_running: int, log: Path, flags: list[str]) -> Iterator[None]:
     """A server that is up inside the block and gone after it, with every process it started."""
     command = ["--model", model, "--load-format", "dummy"]
-    command += ["--attention-backend", backend.flag, "--host", "127.0.0.1", "--port", str(_PORT)]
+    command += ["--attention-backend", backend.flag, "--host", "127.0.0.1", "--port", str(port)]
     command += ["--mem-fraction-static", "0.88", "--cuda-graph-backend-prefill", "disabled"]
     command += ["--cuda-graph-max-bs", str(max_running), "--max-running-requests", str(max_running), *flags]
     try:
@@ -172,10 +171,10 @@ def server(model: str, backend: Backend, max_running: int, log: Path, flags: lis
         time.sleep(2)  # the driver frees the memory of killed processes a moment later
 
 
-def _serve(model: str, flags: list[str], output: Path, limit_s: float) -> dict[str, float]:
+def _serve(model: str, port: int, flags: list[str], output: Path, limit_s: float) -> dict[str, float]:
     """One pass of bench_serving; its record."""
     command = [sys.executable, "-m", "sglang.bench_serving", "--backend", "sglang", "--host", "127.0.0.1"]
-    command += ["--port", str(_PORT), "--model", model, "--tokenizer", model, "--disable-tqdm"]
+    command += ["--port", str(port), "--model", model, "--tokenizer", model, "--disable-tqdm"]
     command += ["--output-file", str(output), *flags]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=limit_s)
     if done.returncode:
@@ -184,12 +183,13 @@ def _serve(model: str, flags: list[str], output: Path, limit_s: float) -> dict[s
     return record
 
 
-def drive(model: str, workload: Workload, log: Path, output: Path, limit_s: float) -> dict[str, float]:
+def drive(model: str, workload: Workload, port: int, log: Path, output: Path, limit_s: float) -> dict[str, float]:
     """Sends a workload to the server that is up.
 
     Args:
         model: folder with the tokenizer.
         workload: what to send.
+        port: of the server.
         log: the server's log, which it goes on writing.
         output: bench_serving appends its records here.
         limit_s: seconds after which a pass counts as hung.
@@ -199,10 +199,10 @@ def drive(model: str, workload: Workload, log: Path, output: Path, limit_s: floa
     """
     before = ["--warmup-requests", "1", "--flush-cache"]
     if workload.cached:
-        _serve(model, [*workload.command(1), "--warmup-requests", "0", "--flush-cache"], output, limit_s)
+        _serve(model, port, [*workload.command(1), "--warmup-requests", "0", "--flush-cache"], output, limit_s)
         before = ["--warmup-requests", "0"]
     seen = len(log.read_text())
-    record = _serve(model, [*workload.command(workload.output), *before], output, limit_s)
+    record = _serve(model, port, [*workload.command(workload.output), *before], output, limit_s)
     record["steady"], record["step"] = steady(log.read_text()[seen:])
     return record
 
@@ -216,6 +216,7 @@ def run(
     logs: Path,
     flags: list[str],
     limit_s: float = 300,
+    port: int = 30000,
 ) -> list[str]:
     """Every workload on every backend, one server after the other on the same GPU; rows are saved as they come.
 
@@ -241,11 +242,11 @@ def run(
             continue
         log = logs / f"server_{backend.file_name}.log"
         try:
-            with server(model, backend, max_running, log, flags):
+            with server(model, backend, port, max_running, log, flags):
                 for workload in missing:
                     output = logs / f"{backend.file_name}_{workload}.jsonl"
                     try:
-                        record = drive(model, WORKLOADS[workload], log, output, limit_s)
+                        record = drive(model, WORKLOADS[workload], port, log, output, limit_s)
                     except (RuntimeError, subprocess.TimeoutExpired) as error:
                         failures.append(f"{backend.spec} {workload}: {error}")
                         print(failures[-1], flush=True)
@@ -255,7 +256,7 @@ def run(
                         results.add(f"e2e/{workload}", backend.name, metric, record[key])
                         shown[metric] = round(record[key], 2)
                     results.add(f"e2e/{workload}", backend.name, "completed", record["completed"])
-                    results.add(f"e2e/{workload}", backend.name, "healthy", float(_healthy()))
+                    results.add(f"e2e/{workload}", backend.name, "healthy", float(_healthy(port)))
                     results.flush()
                     print(backend.spec, workload, shown, flush=True)
         except RuntimeError as error:

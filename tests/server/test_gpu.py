@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from make_model import SHAPES, make_model
 from server.harness import Server, come_and_go, deviations, random_prompts, spread
 
@@ -21,7 +22,9 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, str]]] = {
     "topk": ("", {"FLASHCORE_POLICY": "topk"}),  # by its default budget, which holds all keys
     "deterministic": ("--enable-deterministic-inference", {}),
     "decode-only": ("--prefill-attention-backend fa3 --decode-attention-backend flashcore_sparse", {}),
+    "tensor-parallel": ("--tp-size 2", {}),
 }
+NEEDED_GPUS = {"tensor-parallel": 2}
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +43,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory, logs: Path) -> Iterator[di
             environment=environment,
         )
         for name, (flags, environment) in {"fa3": ("", {}), **CONFIGURATIONS}.items()
+        if NEEDED_GPUS.get(name, 1) <= torch.cuda.device_count()
     }
     yield servers
     for server in servers.values():
@@ -58,6 +62,8 @@ def fa3_spread(fa3: Server) -> float:
 
 @pytest.fixture(scope="module", params=CONFIGURATIONS)
 def server(request: pytest.FixtureRequest, servers: dict[str, Server]) -> Server:
+    if request.param not in servers:
+        pytest.skip(f"needs {NEEDED_GPUS[request.param]} GPUs")
     return servers[request.param]
 
 
