@@ -13,7 +13,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,37 +21,13 @@ from typing import Any
 import torch
 
 from flashcore_sglang import ops
+from flashcore_sglang.ops import CublasLtShape
 
 logger = logging.getLogger(__name__)
-
 
 GRAIN = 64  # lengths are rounded up to a multiple, as the kernels pad them: fewer shapes to plan
 MAX_PLANNED = 4096  # shapes remembered as planned
 MAX_PADDING = 1.5  # products computed for each one asked for, until requests are better computed apart
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Requests as the variant plans them.
-
-    Attributes:
-        batch: requests.
-        max_qo_len, max_kv_len: at least the query tokens and keys of the longest ones.
-        num_kv_heads, group, head_dim: KV heads, query heads of each, channels.
-        fp16: else bf16.
-        causal: blocks above the diagonal are left out.
-        fp32_scores: S = Q K^T in fp32; else in fp16.
-    """
-
-    batch: int
-    max_qo_len: int
-    max_kv_len: int
-    num_kv_heads: int
-    group: int
-    head_dim: int
-    fp16: bool
-    causal: bool
-    fp32_scores: bool
 
 
 @dataclass(frozen=True)
@@ -60,7 +36,7 @@ class Run:
 
     begin: int
     end: int
-    shape: Shape
+    shape: CublasLtShape
 
 
 def fp32_scores(setting: str, dtype: torch.dtype) -> bool:
@@ -73,9 +49,9 @@ def fp32_scores(setting: str, dtype: torch.dtype) -> bool:
 
 def layer_shape(
     num_qo_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, causal: bool, scores: str
-) -> Shape:
-    """All of a ``Shape`` but its sizes, which are 0. ``scores`` is the setting ``cublaslt_scores``."""
-    return Shape(
+) -> CublasLtShape:
+    """All of a ``CublasLtShape`` but its sizes, which are 0. ``scores`` is the setting ``cublaslt_scores``."""
+    return CublasLtShape(
         batch=0,
         max_qo_len=0,
         max_kv_len=0,
@@ -88,7 +64,7 @@ def layer_shape(
     )
 
 
-def split(qo_lens: Sequence[int], kv_lens: Sequence[int], like: Shape) -> tuple[Run, ...]:
+def split(qo_lens: Sequence[int], kv_lens: Sequence[int], like: CublasLtShape) -> tuple[Run, ...]:
     """Cuts a batch where padding to the longest request would cost more than ``MAX_PADDING``.
 
     Args:
@@ -100,7 +76,7 @@ def split(qo_lens: Sequence[int], kv_lens: Sequence[int], like: Shape) -> tuple[
 
     def close(end: int) -> None:
         if longest[0] > 0:
-            shape = replace(like, batch=end - begin, max_qo_len=longest[0], max_kv_len=longest[1])
+            shape = like._replace(batch=end - begin, max_qo_len=longest[0], max_kv_len=longest[1])
             runs.append(Run(begin, end, shape))
 
     for i, lens in enumerate(zip(qo_lens, kv_lens, strict=True)):
@@ -163,9 +139,9 @@ class Workspace:
         self.tensor = torch.empty(0, dtype=torch.uint8, device=device)
         self._matmul_bytes = matmul_mb << 20
         self._algorithms = algorithms or algorithms_of(device)
-        self._planned: set[tuple[Shape, bool]] = set()
+        self._planned: set[tuple[CublasLtShape, bool]] = set()
 
-    def plan(self, shape: Shape, measure: bool = True) -> None:
+    def plan(self, shape: CublasLtShape, measure: bool = True) -> None:
         """Finds the algorithms of ``shape``.
 
         Args:
@@ -178,13 +154,13 @@ class Workspace:
         """
         if (shape, measure) in self._planned:
             return
-        sizes = asdict(shape) | {"matmul_bytes": self._matmul_bytes}
-        size = ops.cublaslt_workspace(**sizes)
+        size = ops.cublaslt_workspace(shape, self._matmul_bytes)
         if size > self.tensor.numel():
             self.tensor = self.tensor.new_empty(0)  # the old scratch makes room for the new one
             self.tensor = torch.empty(size, dtype=torch.uint8, device=self.tensor.device)
         known = self._algorithms.lines()
-        self._algorithms.update(ops.cublaslt_plan(self.tensor, known=known, measure=measure, **sizes))
+        found = ops.cublaslt_plan(self.tensor, shape, self._matmul_bytes, known=known, measure=measure)
+        self._algorithms.update(found)
         if len(self._planned) == MAX_PLANNED:
             self._planned.clear()
         self._planned.add((shape, measure))
@@ -218,7 +194,7 @@ class Matmuls:
         like: gives the shape of a run all but its sizes.
     """
 
-    def __init__(self, workspace: Workspace, like: Shape) -> None:
+    def __init__(self, workspace: Workspace, like: CublasLtShape) -> None:
         self._workspace = workspace
         self._like = like
         self._runs: tuple[Run, ...] = ()

@@ -57,6 +57,29 @@ class SparseRows(NamedTuple):
     begin: int
 
 
+class CublasLtShape(NamedTuple):
+    """Requests as variant cublaslt plans them, in the order of the ops' arguments.
+
+    Attributes:
+        batch: requests.
+        max_qo_len, max_kv_len: at least the query tokens and keys of the longest ones.
+        num_kv_heads, group, head_dim: KV heads, query heads of each, channels.
+        fp16: else bf16.
+        causal: blocks above the diagonal are left out.
+        fp32_scores: S = Q K^T in fp32; else in fp16.
+    """
+
+    batch: int
+    max_qo_len: int
+    max_kv_len: int
+    num_kv_heads: int
+    group: int
+    head_dim: int
+    fp16: bool
+    causal: bool
+    fp32_scores: bool
+
+
 def page_table(
     req_to_token: torch.Tensor,
     req_pool_indices: torch.Tensor,
@@ -268,46 +291,20 @@ def select(
     )
 
 
-def cublaslt_workspace(
-    batch: int,
-    max_qo_len: int,
-    max_kv_len: int,
-    num_kv_heads: int,
-    group: int,
-    head_dim: int,
-    fp16: bool,
-    causal: bool,
-    fp32_scores: bool,
-    matmul_bytes: int,
-) -> int:
-    """Bytes of scratch that variant cublaslt needs for a ``cublaslt.Shape``, ``matmul_bytes`` of each lane included."""
-    return int(
-        library().cublaslt_workspace(
-            batch, max_qo_len, max_kv_len, num_kv_heads, group, head_dim, fp16, causal, fp32_scores, matmul_bytes
-        )
-    )
+def cublaslt_workspace(shape: CublasLtShape, matmul_bytes: int) -> int:
+    """Bytes of scratch that variant cublaslt needs for a shape, ``matmul_bytes`` of each lane included."""
+    return int(library().cublaslt_workspace(*shape, matmul_bytes))
 
 
 def cublaslt_plan(
-    workspace: torch.Tensor,
-    batch: int,
-    max_qo_len: int,
-    max_kv_len: int,
-    num_kv_heads: int,
-    group: int,
-    head_dim: int,
-    fp16: bool,
-    causal: bool,
-    fp32_scores: bool,
-    matmul_bytes: int,
-    known: str,
-    measure: bool,
+    workspace: torch.Tensor, shape: CublasLtShape, matmul_bytes: int, *, known: str, measure: bool
 ) -> str:
-    """Finds an algorithm for each matmul of a ``cublaslt.Shape``, before ``attend`` runs it.
+    """Finds an algorithm for each matmul of a shape, before ``attend`` runs it.
 
     Args:
         workspace: uint8, of at least ``cublaslt_workspace`` bytes.
-        matmul_bytes: what cuBLASLt may use of it in each lane.
+        shape: of the batch.
+        matmul_bytes: what cuBLASLt may use of the workspace in each lane.
         known: ``matmul=algorithm`` lines of earlier calls.
         measure: time the candidates of what is not known, which overwrites the workspace and waits for the device;
             else take the one that cuBLASLt would.
@@ -315,23 +312,7 @@ def cublaslt_plan(
     Returns:
         The lines of this shape that are known or measured.
     """
-    return str(
-        library().cublaslt_plan(
-            workspace,
-            batch,
-            max_qo_len,
-            max_kv_len,
-            num_kv_heads,
-            group,
-            head_dim,
-            fp16,
-            causal,
-            fp32_scores,
-            matmul_bytes,
-            known,
-            measure,
-        )
-    )
+    return str(library().cublaslt_plan(workspace, *shape, matmul_bytes, known, measure))
 
 
 def build_info() -> str:

@@ -204,7 +204,7 @@ class PagedAttention:
             self._allocate(layout)
         for run in settings.runs:
             self._workspace.plan(run.shape)
-            self._workspace.plan(replace(run.shape, fp32_scores=True))  # should a run ask for the LSE
+            self._workspace.plan(run.shape._replace(fp32_scores=True))  # should a run ask for the LSE
         self._settings, self._num_pages = settings, high + 1
         self._planner.begin_csr(
             None if decode else qo_indptr,

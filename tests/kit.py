@@ -147,9 +147,9 @@ def attend(
     return out, lse
 
 
-def matmuls(case: Case) -> cublaslt.Shape:
+def matmuls(case: Case) -> ops.CublasLtShape:
     """What variant cublaslt plans for a case."""
-    return cublaslt.Shape(
+    return ops.CublasLtShape(
         batch=len(case.q_lens),
         max_qo_len=max(case.q_lens),
         max_kv_len=max(case.kv_lens),

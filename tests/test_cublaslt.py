@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flashcore_sglang import PagedAttention, cublaslt, ops, reference, variants
-from flashcore_sglang.cublaslt import Algorithms, Matmuls, Shape, Workspace, cache_file, fp32_scores, split
+from flashcore_sglang.cublaslt import Algorithms, Matmuls, Workspace, cache_file, fp32_scores, split
+from flashcore_sglang.ops import CublasLtShape
 from flashcore_sglang.phase import Batch, Phase
 from flashcore_sglang.planner import Capacity, PlannerOptions
 
@@ -86,10 +87,10 @@ def test_a_library_without_the_variant_says_so() -> None:
     if json.loads(ops.build_info())["cuda"]:
         pytest.skip("this library has the variant")
     with pytest.raises(RuntimeError, match=r"flashcore.cublaslt_workspace: .* with the variant 'cublaslt'"):
-        ops.cublaslt_workspace(1, 1, 1, 1, 1, 64, True, True, True, 0)
+        ops.cublaslt_workspace(SHAPE, 0)
 
 
-SHAPE = Shape(
+SHAPE = CublasLtShape(
     batch=2,
     max_qo_len=300,
     max_kv_len=700,
@@ -143,7 +144,7 @@ def test_split(case: Split) -> None:
     assert [(run.begin, run.end, run.shape.max_qo_len, run.shape.max_kv_len) for run in runs] == list(case.runs)
     for run in runs:
         assert run.shape.batch == run.end - run.begin
-        assert replace(run.shape, batch=2, max_qo_len=300, max_kv_len=700) == SHAPE
+        assert run.shape._replace(batch=2, max_qo_len=300, max_kv_len=700) == SHAPE
 
 
 @given(st.lists(st.tuples(st.integers(0, 3000), st.integers(0, 3000)), max_size=30))
@@ -163,9 +164,9 @@ class FakeWorkspace(Workspace):
 
     def __init__(self) -> None:
         self.tensor = torch.empty(0, dtype=torch.uint8)
-        self.asked: list[tuple[Shape, bool]] = []
+        self.asked: list[tuple[CublasLtShape, bool]] = []
 
-    def plan(self, shape: Shape, measure: bool = True) -> None:
+    def plan(self, shape: CublasLtShape, measure: bool = True) -> None:
         self.asked.append((shape, measure))
 
 
@@ -187,7 +188,7 @@ def test_a_phase_computes_each_request_once(monkeypatch: pytest.MonkeyPatch) -> 
         Capacity(16, 2048, 1024, problem.k_cache.shape[0], case.num_kv_heads, case.group, 64, 4, page_size=16),
         case.head_dim,
         "cpu",
-        matmuls=Matmuls(workspace, replace(SHAPE, num_kv_heads=case.num_kv_heads, group=case.group)),
+        matmuls=Matmuls(workspace, SHAPE._replace(num_kv_heads=case.num_kv_heads, group=case.group)),
     )
     lengths: list[tuple[int, int]] = []
 
