@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from flashcore_sglang.bench.cases import Heads
@@ -11,15 +12,15 @@ from flashcore_sglang.planner import Policy
 CASE = SparseCase(2, 4000, 1024, heads=Heads(8, 2, 64))
 
 
-def steps(case: SparseCase) -> tuple[Step, Step, torch.Tensor]:
+def steps(case: SparseCase, fills_page: bool = False) -> tuple[Step, Step, torch.Tensor]:
     torch.manual_seed(0)
-    table, lens, num_pages = case.dense.page_table("cpu")
+    table, _, num_pages = case.dense.page_table("cpu")
     k = torch.randn(num_pages, case.page_size, case.heads.kv, case.heads.dim).bfloat16()
     q = torch.randn(case.batch, case.heads.qo, case.heads.dim).bfloat16()
     sparse, exact = (Step(case, policy, q, k, torch.randn_like(k)) for policy in (Policy.TOPK, Policy.EXACT))
     sparse.v = exact.v
     for step in (sparse, exact):
-        step.plan(table, lens)
+        step.plan(table, case.lens("cpu", fills_page))
         step.run()
     return sparse, exact, table
 
@@ -32,8 +33,18 @@ def test_names_are_unique_and_say_what_is_read() -> None:
     assert SparseCase(8, 131072, 4096, fraction=0.3).pages_read == 615
 
 
-def test_a_right_step_passes() -> None:
-    sparse, exact, table = steps(CASE)
+def test_the_common_step_ends_no_page() -> None:
+    for case in (CASE, SparseCase(2, 4096, 1024)):
+        common, filling = (case.lens("cpu", fills_page)[0] for fills_page in (False, True))
+        assert common % case.page_size != 0
+        assert filling % case.page_size == 0
+        assert -(-common // case.page_size) == filling // case.page_size == case.pages
+    assert CASE.lens("cpu", fills_page=False).tolist() == [4000, 4000]
+
+
+@pytest.mark.parametrize("fills_page", [False, True])
+def test_a_right_step_passes(fills_page: bool) -> None:
+    sparse, exact, table = steps(CASE, fills_page)
     assert (CASE.pages_read, CASE.pages) == (16, 63)
     assert check(sparse, exact, table) is None
 

@@ -2,6 +2,8 @@
 
 Every request reads everything in the peers and in `flashcore:exact`, and the pages of policy topk in `flashcore`: the
 scores of all pages, the choice of each KV head and the attention over it, as one layer of a decode step runs them.
+That is the common step, whose tokens end no page; `flashcore:fills_page` is the one in `page_size` steps that also
+summarises the page which every request has filled.
 """
 
 from __future__ import annotations
@@ -20,13 +22,18 @@ from .results import OURS, Results
 from .timing import measure
 
 EXACT = f"{OURS}:exact"
+FILLS_PAGE = f"{OURS}:fills_page"
 _CHECKED = 4  # requests compared with fp64
 _SINK_TOKENS, _RECENT_TOKENS = 128, 512
 
 
 @dataclass(frozen=True)
 class SparseCase:
-    """One decode step of `batch` requests of `context` tokens that read `budget` tokens, or a fraction of theirs."""
+    """One decode step of `batch` requests that read `budget` tokens, or a fraction of theirs.
+
+    Attributes:
+        context: tokens of a request; one less is measured where these end a page.
+    """
 
     batch: int
     context: int
@@ -47,6 +54,12 @@ class SparseCase:
     @property
     def pages(self) -> int:
         return -(-self.context // self.page_size)
+
+    def lens(self, device: str, fills_page: bool) -> torch.Tensor:
+        """int32 ``[batch]`` tokens of each request, which end a page or do not."""
+        end = self.pages * self.page_size
+        tokens = end if fills_page else min(self.context, end - 1)
+        return torch.full((self.batch,), tokens, dtype=torch.int32, device=device)
 
     @property
     def options(self) -> PlannerOptions:
@@ -109,6 +122,7 @@ class Step:
         )
         self.case, self.capacity = case, capacity
         self.q, self.k, self.v = q, k, v
+        self.missing = 0  # keys that the last page of a request lacks
         spec = SummarySpec([0], h.dim, k.dtype, max_columns=case.pages)
         self.summaries = Summaries(spec, k.shape[0], h.kv, device)
         self.planner: Planner = make_planner(options, capacity, device, self.summaries)
@@ -117,6 +131,7 @@ class Step:
 
     def plan(self, table: torch.Tensor, lens: torch.Tensor) -> None:
         """Plans the step and brings the summaries up to date; once a step, and once for each change of the cache."""
+        self.missing = int(-lens[0] % self.case.page_size)
         self.planner.begin_csr(None, *self.case.dense.csr(table, lens))
         zeros = torch.zeros(self.case.batch, dtype=torch.int32, device=self.q.device)
         self.planner.after_store(0, self.k, zeros)
@@ -151,7 +166,7 @@ class Step:
 def list_error(step: Step) -> float:
     """Largest absolute difference of a few requests to fp64 over the pages that were chosen; NaN is infinite."""
     case, group = step.case, step.case.heads.qo // step.case.heads.kv
-    visible = case.pages_read * case.page_size - (-case.context % case.page_size)
+    visible = case.pages_read * case.page_size - step.missing
     lists, worst = step.lists(), 0.0
     for r in sample(case.batch, _CHECKED):
         for h in range(case.heads.kv):
@@ -208,7 +223,8 @@ def run(results: Results, cases: list[SparseCase], with_peers: bool, repeats: in
             continue
         results.drop(case.name)
         torch.manual_seed(0)
-        table, lens, num_pages = case.dense.page_table("cuda")
+        table, _, num_pages = case.dense.page_table("cuda")
+        lens = case.lens("cuda", fills_page=False)
         h = case.heads
         k = torch.randn(num_pages, case.page_size, h.kv, h.dim, device="cuda", dtype=torch.bfloat16)
         v = torch.randn_like(k)
@@ -219,17 +235,21 @@ def run(results: Results, cases: list[SparseCase], with_peers: bool, repeats: in
             if call is not None:
                 calls[name] = call
         sparse, exact = (Step(case, policy, q, k, v) for policy in (Policy.TOPK, Policy.EXACT))
-        for step in (sparse, exact):
-            step.plan(table, lens)
-            step.run()
-        problem = check(sparse, exact, table)
+        problem = None
+        for fills_page in (True, False):
+            for step in (sparse, exact):
+                step.plan(table, case.lens("cuda", fills_page))
+                step.run()
+            problem = problem or check(sparse, exact, table)
         if problem is None:
             calls |= {OURS: sparse.run, EXACT: exact.run}
             times = {name: measure(call, repeats) for name, call in calls.items()}
-            for name, time in times.items():
-                results.add(case.name, name, "time_us", *time)
             if case.pages_read < case.pages:
                 results.add(case.name, OURS, "select_us", *measure(sparse.select, repeats))
+            sparse.plan(table, case.lens("cuda", fills_page=True))
+            times[FILLS_PAGE] = measure(sparse.run, repeats)
+            for name, time in times.items():
+                results.add(case.name, name, "time_us", *time)
             results.add(case.name, OURS, "kv_read", case.pages_read / case.pages)
             results.flush()
             print(case.name, {name: round(time.median, 1) for name, time in times.items()}, flush=True)
