@@ -1,4 +1,4 @@
-// cp.async (sm_80): 16-byte copies from global to shared memory that bypass the registers and L1.
+// cp.async (sm_80): 16-byte copies from global to shared memory that bypass the registers and L1; prefetches to L2.
 #pragma once
 
 #include <cstdint>
@@ -7,6 +7,10 @@ namespace flashcore {
 
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+__device__ __forceinline__ void prefetch_l2(const void* line) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(line) : "memory");
 }
 
 // Copies 16 bytes of a row of kRowBytes, or writes 16 zero bytes and reads nothing when !valid. Both addresses are

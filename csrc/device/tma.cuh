@@ -81,10 +81,6 @@ inline cudaError_t make_query_map(CUtensorMap* map, const Queries& q, int box_to
 
 // --- Device ----------------------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ void prefetch_l2(const void* line) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(line) : "memory");
-}
-
 __device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }

@@ -29,6 +29,7 @@ constexpr int kWarps = kThreads / kWarp;
 constexpr int kCtasPerSm = 2;
 constexpr int kFewUnits = 4;  // of a warp
 constexpr int kRingLoads = 24;
+constexpr int kLineBytes = 128;
 
 // T: of queries and keys. S: of summaries. kVectorLanes: lanes that own the channels of one vector. kMany: the group
 // has more query heads than are scored at a time.
@@ -298,10 +299,13 @@ template <class Traits>
 __global__ void __launch_bounds__(kThreads, kCtasPerSm) score_kernel(SelectParams p) {
   extern __shared__ __align__(16) unsigned char storage[];
   auto& rings = reinterpret_cast<typename Traits::Ring(&)[kWarps]>(storage);
+  const int32_t warps = gridDim.x * kWarps, warp = blockIdx.x * kWarps + threadIdx.x / kWarp;
+  // Page ids are known to be wanted before it is known which: a line a warp comes to L2 beside the first loads.
+  const int32_t ids = warp * (kLineBytes / static_cast<int32_t>(sizeof(int32_t)));
+  if (threadIdx.x % kWarp == 0 && ids < p.sparse.begin) prefetch_l2(p.plan.kv_indices + ids);
   wait_for_primary();
   allow_dependents();  // behind the wait, so that select finds all that is older than this kernel finished
   const int64_t units = count_units<Traits>(p);
-  const int32_t warps = gridDim.x * kWarps, warp = blockIdx.x * kWarps + threadIdx.x / kWarp;
   Scorer<Traits>(p, rings[threadIdx.x / kWarp])
       .run(static_cast<int32_t>(units * warp / warps), static_cast<int32_t>(units * (warp + 1) / warps));
 }
