@@ -1,7 +1,7 @@
 // The pages that each sparse request and KV head reads: those of the best scores (score.cuh), in the order of the
 // sequence.
 //
-// Grid one CTA for each request and KV head, 512 threads. While the scores are still made a CTA writes the summary of
+// Grid one CTA for each request and KV head, 1024 threads. While the scores are still made a CTA writes the summary of
 // its request's last page if the step has filled it, and all of the list that needs no score. Then the key of the last
 // page that fits the budget is found by a radix select over the range that the keys really span: 2048 counts a round,
 // each round narrowing the range to one bucket until all or one key of it is wanted (two rounds as a rule, three at
@@ -20,31 +20,42 @@ cudaError_t launch_score_fp16(const SelectParams& p);
 
 namespace {
 
-constexpr int kThreads = 512;
+constexpr int kThreads = 1024;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kBucketBits = 11;
 constexpr int kBuckets = 1 << kBucketBits;
 constexpr int kStaged = 4096;
 
+// How many columns stand before one in the list: those of a higher key, and those of just the threshold's.
+struct Places {
+  int32_t better, ties;
+
+  __device__ Places operator+(const Places& other) const { return {better + other.better, ties + other.ties}; }
+};
+
 struct Shared {
   alignas(16) uint32_t keys[kStaged];
   int32_t table[kStaged];
-  int32_t counts[kBuckets];
+  int32_t counts[kBuckets];  // 0 but during a round
   uint32_t lowest[kWarps], highest[kWarps];
   int32_t sums[kWarps];
+  Places places[kWarps];
   struct {
     int32_t bucket, wanted, inside;
   } found;
 };
 
+__device__ int32_t warp_sum(int32_t value) { return __reduce_add_sync(~0u, value); }
+__device__ Places warp_sum(const Places& value) { return {warp_sum(value.better), warp_sum(value.ties)}; }
+
 // Sum over the threads before this one; all threads call. `sums` is free again behind the next __syncthreads().
-__device__ int32_t sum_before(int32_t value, int32_t* sums) {
+template <class T>
+__device__ T sum_before(T value, T* sums) {
   const int32_t lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int32_t through = warp_scan(value);
+  const T through = warp_scan(value);
   if (lane == kWarp - 1) sums[warp] = through;
   __syncthreads();
-  const int32_t warps = __reduce_add_sync(~0u, lane < warp ? sums[lane] : 0);
-  return warps + through - value;
+  return warp_sum(lane < warp ? sums[lane] : T{}) + shuffle_up(through, 1);
 }
 
 // The middle columns of one request and KV head: what they score and where their pages are.
@@ -95,8 +106,6 @@ __device__ Threshold find_threshold(const Columns& columns, int32_t wanted) {
   uint32_t low = range.x, span = range.y - range.x;  // keys low .. low + span are left
   while (true) {
     const int32_t shift = max(kWarp - __clz(span) - kBucketBits, 0);
-    for (int32_t i = threadIdx.x; i < kBuckets; i += kThreads) shared.counts[i] = 0;
-    __syncthreads();
     for (int32_t i = threadIdx.x; i < columns.count; i += kThreads) {
       const uint32_t offset = columns.key(i) - low;
       if (offset <= span) atomicAdd(shared.counts + (offset >> shift), 1);
@@ -107,7 +116,10 @@ __device__ Threshold find_threshold(const Columns& columns, int32_t wanted) {
     const int32_t top = kBuckets - 1 - static_cast<int32_t>(threadIdx.x) * kEach;
     int32_t inside[kEach], own = 0;
 #pragma unroll
-    for (int32_t i = 0; i < kEach; ++i) own += inside[i] = shared.counts[top - i];
+    for (int32_t i = 0; i < kEach; ++i) {
+      own += inside[i] = shared.counts[top - i];
+      shared.counts[top - i] = 0;
+    }
     int32_t above = sum_before(own, shared.sums);
 #pragma unroll
     for (int32_t i = 0; i < kEach; ++i) {
@@ -120,7 +132,6 @@ __device__ Threshold find_threshold(const Columns& columns, int32_t wanted) {
     wanted = shared.found.wanted;
     if (wanted == shared.found.inside) return {low, INT32_MAX};  // the whole bucket
     if (shift == 0) return {low, wanted};
-    __syncthreads();
   }
 }
 
@@ -129,19 +140,16 @@ __device__ void write_list(const Columns& columns, Threshold threshold, int32_t*
   const int32_t each = (columns.count + kThreads - 1) / kThreads;
   const int32_t begin = min(static_cast<int32_t>(threadIdx.x) * each, columns.count);
   const int32_t end = min(begin + each, columns.count);
-  int32_t better = 0, ties = 0;
+  const auto place = [&](int32_t i) { return Places{columns.key(i) > threshold.key, columns.key(i) == threshold.key}; };
+  Places before{};
+  for (int32_t i = begin; i < end; ++i) before = before + place(i);
+  before = sum_before(before, columns.shared.places);
   for (int32_t i = begin; i < end; ++i) {
-    better += columns.key(i) > threshold.key;
-    ties += columns.key(i) == threshold.key;
-  }
-  better = sum_before(better, columns.shared.sums);
-  __syncthreads();
-  ties = sum_before(ties, columns.shared.sums);
-  for (int32_t i = begin; i < end; ++i) {
-    const bool is_better = columns.key(i) > threshold.key, is_tie = columns.key(i) == threshold.key;
-    if (is_better || (is_tie && ties < threshold.ties)) list[better + min(ties, threshold.ties)] = columns.page(i);
-    better += is_better;
-    ties += is_tie;
+    const Places own = place(i);
+    if (own.better || (own.ties && before.ties < threshold.ties)) {
+      list[before.better + min(before.ties, threshold.ties)] = columns.page(i);
+    }
+    before = before + own;
   }
 }
 
@@ -171,6 +179,7 @@ template <class T, class S>
 __global__ void __launch_bounds__(kThreads) select_kernel(SelectParams p) {
   __shared__ Shared shared;
   allow_dependents();
+  for (int32_t i = threadIdx.x; i < kBuckets; i += kThreads) shared.counts[i] = 0;
   const int32_t r = blockIdx.x / p.pages.num_kv_heads, kv_head = blockIdx.x % p.pages.num_kv_heads;
   const int32_t filled = filled_page(p.pages, r);
   if (filled >= 0) fill_summary<T, S>(p.pages, filled, kv_head, shared);
