@@ -144,6 +144,7 @@ struct AttendParams {
   int32_t decode;                  // 1: every request has one query token
   int32_t max_qo_len, max_kv_len;  // of the longest requests, known to the host; cublaslt only
   int32_t fp32_scores;             // what the scores are kept in, else fp16; cublaslt only
+  int32_t lists_begin;             // kv_indices from here on are written by select, launched just before; 0: none
   int32_t num_sms;
   void* stream;
 };

@@ -70,5 +70,6 @@ class Kernel:
                 logits_soft_cap=logits_soft_cap,
                 decode=decode,
                 variant=self.choice.variant.name,
+                lists_begin=plan.lists_begin,
                 **more,
             )

@@ -177,6 +177,7 @@ def attend(
     max_qo_len: int = 0,
     max_kv_len: int = 0,
     fp32_scores: bool = True,
+    lists_begin: int = 0,
 ) -> None:
     """Attention over a plan, then the merge of its partial results.
 
@@ -197,6 +198,8 @@ def attend(
         workspace: variant cublaslt: ``cublaslt.Workspace.tensor``, planned for these lengths.
         max_qo_len, max_kv_len: variant cublaslt: query tokens and keys of the longest requests.
         fp32_scores: variant cublaslt: scores in fp32, as an LSE asks for; else in fp16.
+        lists_begin: where the page lists start in ``kv_indices`` that ``select`` has just been launched to write, with
+            nothing between the two on the stream: attention then begins beside it. 0: nothing is being written.
     """
     library().attend(
         q,
@@ -218,6 +221,7 @@ def attend(
         max_qo_len,
         max_kv_len,
         fp32_scores,
+        lists_begin,
     )
 
 

@@ -1,6 +1,8 @@
-"""What `flashcore bench sparse` checks before it times anything."""
+"""What `flashcore bench sparse` checks before it times anything, and that its step is the right one."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,18 +11,19 @@ from flashcore_sglang.bench.cases import Heads
 from flashcore_sglang.bench.sparse import SPARSE_CASES, SparseCase, Step, check
 from flashcore_sglang.planner import Policy
 
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 CASE = SparseCase(2, 4000, 1024, heads=Heads(8, 2, 64))
 
 
-def steps(case: SparseCase, fills_page: bool = False) -> tuple[Step, Step, torch.Tensor]:
+def steps(case: SparseCase, fills_page: bool = False, device: str = "cpu") -> tuple[Step, Step, torch.Tensor]:
     torch.manual_seed(0)
-    table, _, num_pages = case.dense.page_table("cpu")
-    k = torch.randn(num_pages, case.page_size, case.heads.kv, case.heads.dim).bfloat16()
-    q = torch.randn(case.batch, case.heads.qo, case.heads.dim).bfloat16()
+    table, _, num_pages = case.dense.page_table(device)
+    k = torch.randn(num_pages, case.page_size, case.heads.kv, case.heads.dim, dtype=torch.bfloat16, device=device)
+    q = torch.randn(case.batch, case.heads.qo, case.heads.dim, dtype=torch.bfloat16, device=device)
     sparse, exact = (Step(case, policy, q, k, torch.randn_like(k)) for policy in (Policy.TOPK, Policy.EXACT))
     sparse.v = exact.v
     for step in (sparse, exact):
-        step.plan(table, case.lens("cpu", fills_page))
+        step.plan(table, case.lens(device, fills_page))
         step.run()
     return sparse, exact, table
 
@@ -47,6 +50,17 @@ def test_a_right_step_passes(fills_page: bool) -> None:
     sparse, exact, table = steps(CASE, fills_page)
     assert (CASE.pages_read, CASE.pages) == (16, 63)
     assert check(sparse, exact, table) is None
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_attention_beside_select_reads_what_select_writes(device: str) -> None:
+    """On a GPU it begins while select still runs."""
+    sparse, _, _ = steps(CASE, device=device)
+    for _ in range(8):
+        sparse.q.normal_()
+        beside = sparse.run().clone()
+        behind = sparse.attend(replace(sparse.planner.plan, selecting=False))
+        assert torch.equal(beside, behind)
 
 
 def test_a_wrong_choice_and_a_wrong_result_are_found() -> None:

@@ -348,6 +348,23 @@ def test_planner_selects_behind_its_dense_layers(device: str) -> None:
     assert not torch.equal(lists(), expected)
 
 
+def test_attention_is_told_of_a_selection_that_may_still_run() -> None:
+    case = CASES["bf16"]
+    batch = case.batch()
+    options, pool = make_topk(case, batch, "cpu", dense_layers=1, reuse_layers=2)
+    planner = make_planner(options, batch.capacity(), "cpu", pool)
+    table = batch.plan("cpu")
+    dense = sum(map(len, batch.tables))
+    k_cache, q = case.cache(batch.num_pages), case.query(batch.size)
+    for num_tokens in (None, batch.size):  # a decode step, then an extend, which reads everything
+        qo_indptr = None if num_tokens is None else torch.arange(batch.size + 1)
+        planner.begin_csr(
+            qo_indptr, table.kv_indptr, table.kv_indices[:dense], table.last_page_len, num_tokens=num_tokens
+        )
+        begins = [planner.for_layer(layer, q, k_cache).lists_begin for layer in range(4)]
+        assert begins == ([0, dense, 0, dense] if num_tokens is None else [0] * 4)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_logsumexp_is_of_the_logits_that_the_layer_has(device: str) -> None:
     """Queries four times as long under a quarter of the scale have the same logits: the same pages, to the bit."""

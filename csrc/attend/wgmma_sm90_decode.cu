@@ -6,6 +6,7 @@
 // Grid   persistent CTAs, two to an SM. One launch serves tiles of few packed queries (one request's group) and of many
 //        (requests that share pages): where there are only the former, a CTA takes its range of the plan; where there
 //        are both, half of the CTAs begin with the tall tiles, half with the short ones (Dealer).
+//        Behind select it begins while that still runs: the KV warp alone waits for it, before it reads a page list.
 // Block  256 threads: a warpgroup of consumers; a warp that keeps a ring of KV stages full by TMA, one box a page, and
 //        runs ahead across tiles; a warp that fetches the next tile's queries; two that leave.
 // Shared stages of 64 keys (K and V, 128-byte swizzle: ldmatrix and wgmma both read it as it lands), the queries of one
@@ -110,7 +111,11 @@ cudaError_t launch(const CUtensorMap& k_map, const CUtensorMap& v_map, const Par
   const AttendParams& p = params.attend;
   const int resident = kCtasPerSm * p.num_sms;
   const int num_ctas = p.plan.num_ctas < resident ? p.plan.num_ctas : resident;
-  kernel<<<num_ctas, kThreads, kShared, static_cast<cudaStream_t>(p.stream)>>>(k_map, v_map, params);
+  const auto stream = static_cast<cudaStream_t>(p.stream);
+  if (p.lists_begin > 0) {  // beside select
+    return launch_dependent_shared(kernel, num_ctas, kThreads, kShared, stream, k_map, v_map, params);
+  }
+  kernel<<<num_ctas, kThreads, kShared, stream>>>(k_map, v_map, params);
   return cudaGetLastError();
 }
 

@@ -4,6 +4,7 @@
 
 #include "attend/wgmma_sm90_decode_traits.cuh"
 #include "device/async_copy.cuh"
+#include "device/dependent_launch.cuh"
 
 namespace flashcore::decode90 {
 
@@ -99,7 +100,7 @@ struct PageWindow {
 
   __device__ __forceinline__ int32_t load(int lane) const {
     const int column = first + lane;
-    return column < columns ? __ldg(pages + column) : 0;
+    return column < columns ? __ldcg(pages + column) : 0;  // not by way of L1: select may write them meanwhile
   }
 };
 
@@ -143,8 +144,11 @@ __device__ __forceinline__ void load_tiles(SharedStorage<Traits>& shared, const 
   const CUtensorMap* map = is_v ? &v_map : &k_map;
   const int box_offset = (is_v ? Traits::kOperandBytes : 0) + box_slab * kSlabBytes + box_page * page_size * 128;
 
+  const int lists_begin = params.attend.lists_begin;
   const auto first_pages = [&](int i) {
-    return PageWindow{params.attend.plan.kv_indices + tiles.page_begin(i), tiles.kv_begin(i) >> page_shift,
+    const int page_begin = tiles.page_begin(i);
+    if (lists_begin > 0 && page_begin >= lists_begin) wait_for_primary();  // for select
+    return PageWindow{params.attend.plan.kv_indices + page_begin, tiles.kv_begin(i) >> page_shift,
                       (tiles.kv_end(i) + page_size - 1) >> page_shift};
   };
   PageWindow window{};
@@ -205,8 +209,9 @@ __device__ __forceinline__ void produce_kv(SharedStorage<Traits>& shared, const 
     if (lane == 0) shared.ranges[slot.stage] = more ? range : TileRange{-1, -1};
     mbarrier_arrive(&shared.range_full[slot.stage]);
     slot.advance();
-    if (!more) return;
+    if (!more) break;
   }
+  wait_for_primary();  // even if it was not needed: whatever follows this kernel relies on select being over
 }
 
 // Loads the queries of a range of tiles and tells the consumers what they need to know of each.

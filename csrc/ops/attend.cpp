@@ -9,7 +9,8 @@ void attend(const Tensor& q_tensor, const Tensor& k_cache, const Tensor& v_cache
             const Tensor& partial_o, const Tensor& partial_lse, const Tensor& out_tensor,
             const std::optional<Tensor>& lse_tensor, int64_t rows_per_tile, double sm_scale, bool causal,
             int64_t window_left, double logits_soft_cap, bool decode, const std::string& variant,
-            const std::optional<Tensor>& workspace, int64_t max_qo_len, int64_t max_kv_len, bool fp32_scores) {
+            const std::optional<Tensor>& workspace, int64_t max_qo_len, int64_t max_kv_len, bool fp32_scores,
+            int64_t lists_begin) {
   constexpr const char* kOp = "attend";
   const TensorArg q = describe(kOp, "q", q_tensor);
   const int device = q.device;
@@ -93,6 +94,7 @@ void attend(const Tensor& q_tensor, const Tensor& k_cache, const Tensor& v_cache
       .max_qo_len = static_cast<int32_t>(max_qo_len),
       .max_kv_len = static_cast<int32_t>(max_kv_len),
       .fp32_scores = fp32_scores,
+      .lists_begin = static_cast<int32_t>(lists_begin),
       .num_sms = num_sms(device),
       .stream = launch.stream(),
   };

@@ -14,7 +14,7 @@ import torch
 
 from .. import ops, variants
 from ..kernel import Kernel
-from ..planner import Capacity, Planner, PlannerOptions, Policy, Summaries, SummarySpec, make_planner
+from ..planner import Capacity, Plan, Planner, PlannerOptions, Policy, Summaries, SummarySpec, make_planner
 from . import peers
 from .accuracy import sample, token_error
 from .cases import DecodeCase, Heads
@@ -141,7 +141,9 @@ class Step:
         return self.planner.plan.kv_indices
 
     def run(self) -> torch.Tensor:
-        plan = self.planner.for_layer(0, self.q, self.k)
+        return self.attend(self.planner.for_layer(0, self.q, self.k))
+
+    def attend(self, plan: Plan) -> torch.Tensor:
         self.kernel.attend(
             plan,
             self.q,

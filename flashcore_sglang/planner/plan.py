@@ -164,6 +164,7 @@ class Plan:
     scratch: torch.Tensor  # [scratch_size] written anew by every plan
     batch: int  # requests of the current plan, at most capacity.batch
     cut: bool = True  # whether rows of the current plan may be cut: if not, nothing is partial, nothing to be merged
+    selecting: bool = False  # whether op select is the last thing launched, and may still write the page lists
 
     @classmethod
     def allocate(cls, capacity: Capacity, device: torch.device | str) -> Plan:
@@ -189,6 +190,11 @@ class Plan:
             scratch=ints(c.scratch_size),
             batch=c.batch,
         )
+
+    @property
+    def lists_begin(self) -> int:
+        """``ops.attend``'s."""
+        return self.capacity.pages if self.selecting else 0
 
     @property
     def max_partials(self) -> int:

@@ -46,11 +46,10 @@ class Topk(Planner):
             self.summaries.update(self.plan, layer_id, k_cache, first_page)
 
     def for_layer(self, layer_id: int, q: torch.Tensor, k_cache: torch.Tensor, sm_scale: float | None = None) -> Plan:
-        if not self._sparse:
-            return self.plan
-        if layer_id not in self.summaries.sparse:
+        if self._sparse and layer_id not in self.summaries.sparse:
             return self.dense_plan
-        if layer_id in self.summaries.of_layer:
+        self.plan.selecting = self._sparse and layer_id in self.summaries.of_layer
+        if self.plan.selecting:
             self._select(layer_id, q, k_cache, q.shape[-1] ** -0.5 if sm_scale is None else sm_scale)
         return self.plan
 
