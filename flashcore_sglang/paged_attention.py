@@ -153,45 +153,30 @@ class PagedAttention:
             window_left=max(window_left, -1),
             logits_soft_cap=logits_soft_cap or 0.0,
         )
-        max_columns = self._size("max_pages", pages.numel(), "pages")
-        options = replace(
-            PlannerOptions.from_config(self._config, page_size, max_columns), policy=Policy[policy.upper()]
+        shape = variants.Shape(
+            num_qo_heads=num_qo_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            page_size=page_size,
+            dtype=ops.DTYPES[q_data_type],
+            phase="decode" if decode else "prefill",
+            batch=batch,
+            features=_features(settings),
         )
-        choice = variants.choose(
-            variants.Shape(
-                num_qo_heads=num_qo_heads,
-                num_kv_heads=num_kv_heads,
-                head_dim=head_dim,
-                page_size=page_size,
-                dtype=ops.DTYPES[q_data_type],
-                phase="decode" if decode else "prefill",
-                batch=batch,
-                features=_features(settings),
-            ),
-            variants.device_of(self.device, self._config.cpu_threads),
+        layout = self._lay_out(
+            shape,
             variant,
+            q_data_type,
+            Policy[policy.upper()],
+            num_tokens=settings.num_tokens,
+            pages=pages.numel(),
+            num_pages=high + 1,
         )
-        if choice.variant.name == "cublaslt" and settings.num_tokens > 0:
+        if layout.choice.variant.name == "cublaslt" and settings.num_tokens > 0:
             heads = num_qo_heads, num_kv_heads, head_dim
             like = cublaslt.layer_shape(*heads, q_data_type, causal=causal, scores=self._config.cublaslt_scores)
             kv_lens = _kv_lens(kv_indptr, kv_last_page_len, page_size)
             settings = replace(settings, runs=cublaslt.split(query_begins.diff().tolist(), kv_lens, like))
-        capacity = Capacity(
-            batch=self._size("max_batch", batch, "batch"),
-            tokens=self._size("max_tokens", settings.num_tokens, "tokens"),
-            pages=max_columns,
-            num_pages=self._size("max_pages", high + 1, "num_pages"),
-            num_kv_heads=num_kv_heads,
-            group=num_qo_heads // num_kv_heads,
-            rows_per_tile=choice.tiling.rows_per_tile,
-            num_ctas=choice.num_ctas,
-            pairs_per_cta=choice.tiling.pairs_per_cta,
-            share=options.share,
-            page_size=page_size,
-            split_keys=options.split_keys,
-        )
-        capacity = replace(capacity, sparse_pages=options.sparse_pages(capacity.batch, num_kv_heads))
-        layout = _Layout(num_qo_heads, head_dim, q_data_type, options, capacity, choice)
         if self._captured and (layout, settings) != (self._layout, self._settings):
             raise ValueError(
                 "plan: expected the shapes, masks and number of query tokens that a captured run has fixed, got "
@@ -281,6 +266,39 @@ class PagedAttention:
             return out
         assert lse is not None
         return out, lse
+
+    def _lay_out(
+        self,
+        shape: variants.Shape,
+        variant: str,
+        dtype: torch.dtype,
+        policy: Policy,
+        *,
+        num_tokens: int,
+        pages: int,
+        num_pages: int,
+    ) -> _Layout:
+        """The kernel for a shape; buffers for so many query tokens, page ids, and pages of the cache."""
+        entries = self._size("max_pages", pages, "pages")
+        options = replace(PlannerOptions.from_config(self._config, shape.page_size, entries), policy=policy)
+        choice = variants.choose(shape, variants.device_of(self.device, self._config.cpu_threads), variant)
+        batch = self._size("max_batch", shape.batch, "batch")
+        capacity = Capacity(
+            batch=batch,
+            tokens=self._size("max_tokens", num_tokens, "tokens"),
+            pages=entries,
+            num_pages=self._size("max_pages", num_pages, "num_pages"),
+            num_kv_heads=shape.num_kv_heads,
+            group=shape.group,
+            rows_per_tile=choice.tiling.rows_per_tile,
+            num_ctas=choice.num_ctas,
+            sparse_pages=options.sparse_pages(batch, shape.num_kv_heads),
+            share=options.share,
+            page_size=shape.page_size,
+            split_keys=options.split_keys,
+            pairs_per_cta=choice.tiling.pairs_per_cta,
+        )
+        return _Layout(shape.num_qo_heads, shape.head_dim, dtype, options, capacity, choice)
 
     def _size(self, limit_name: str, needed: int, field: str) -> int:
         """The capacity for ``needed``: the limit that was given, or what there is, doubled until it is enough."""
