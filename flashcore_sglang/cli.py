@@ -167,7 +167,8 @@ def _print_table(columns: list[str], rows: list[list[str]]) -> None:
 
 
 def _word(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    """As a configuration file spells it."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _join(values: Iterable[object]) -> str:

@@ -11,7 +11,7 @@ say "Lint"
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
-git ls-files -z 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cuh' 'csrc/*.cu' | xargs -0 .venv/bin/clang-format --dry-run -Werror
+git ls-files -z '*.h' '*.cpp' '*.cuh' '*.cu' | xargs -0 .venv/bin/clang-format --dry-run -Werror
 
 # Two processes on one thread each are faster than one on two: most cases are too small for threads.
 say "Unit tests, SGLang 0.5.17"

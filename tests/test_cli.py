@@ -33,7 +33,9 @@ def test_config_show_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
 def test_config_show_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["config", "show"]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["share_prefixes", "true", "default"] in [row[:3] for row in rows]
+    values = [row[:3] for row in rows]
+    assert ["share_prefixes", "true", "default"] in values
+    assert ["budget_fraction", "null", "default"] in values
     assert set(config.Config.model_fields) <= {row[0] for row in rows if row}
 
 
@@ -100,7 +102,9 @@ def test_mistake_is_one_line_and_status_2(
     assert printed.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("argv", [[], ["docter"], ["config"], ["doctor", "--yaml"]])
+@pytest.mark.parametrize(
+    "argv", [[], ["docter"], ["config"], ["doctor", "--yaml"], ["bench", "e2e", "--model", "m", "--workloads", "W9"]]
+)
 def test_usage_is_status_2(argv: list[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main(argv)

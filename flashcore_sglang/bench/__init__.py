@@ -22,6 +22,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from .e2e import WORKLOADS
+
     parser = argparse.ArgumentParser(prog="flashcore bench", description=__doc__)
     commands = parser.add_subparsers(dest="what", required=True)
     for name, suites in (("decode", "quick grid shapes shared"), ("prefill", "quick dense chunked")):
@@ -56,7 +58,9 @@ def _parser() -> argparse.ArgumentParser:
         default=["fa3", "flashcore_sparse"],
         help="--attention-backend values; flashcore_sparse:PRESET is ours under FLASHCORE_CONFIG=PRESET",
     )
-    server.add_argument("--workloads", nargs="+", default=["W1", "W2", "W3", "W4"], help="see bench/e2e.py")
+    server.add_argument(
+        "--workloads", nargs="+", choices=WORKLOADS, default=["W1", "W2", "W3", "W4"], help="see bench/e2e.py"
+    )
     server.add_argument("--port", type=int, default=30000, help="of the server")
     server.add_argument("--max-running", type=int, default=512, help="concurrent requests of the server")
     server.add_argument("--limit-s", type=float, default=300, help="seconds after which a workload counts as hung")

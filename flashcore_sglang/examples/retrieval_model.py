@@ -4,7 +4,7 @@
     python -m flashcore_sglang.examples.retrieval_model retrieval-model
 
 Its weights are constructed, not trained: an induction circuit (Olsson et al. 2022, arXiv 2209.11895) in three layers.
-SGLang and transformers load it as any LlamaForCausalLM; it takes a second to make and 13 MB.
+SGLang and transformers load it as any LlamaForCausalLM; it takes a second to make and 14 MB.
 
 - Layer 0: three heads write the words 1, 2 and 3 tokens back into the residual stream. They find them by position, in
   the RoPE channels that turn fast.
