@@ -27,7 +27,7 @@ def flashcore_call(
     table: torch.Tensor,
     lens: torch.Tensor,
 ) -> peers.Call:
-    """Plans the case and returns the run, which can be captured."""
+    """Plans the case and returns the run, which can be captured; arguments as those of ``peers.DECODE``."""
     attention = PagedAttention(device=q.device)
     indptr, indices, last = case.csr(table, lens)
     h = case.heads
@@ -58,7 +58,7 @@ def max_error(
     table: torch.Tensor,
     lens: torch.Tensor,
 ) -> float:
-    """Largest absolute difference to fp64 over a few requests; NaN is infinite."""
+    """Largest absolute difference of ``out``, like q, to fp64 over a few requests; NaN is infinite."""
     return max(
         token_error(out[row], q[row], k, v, table[row, : -(-int(lens[row]) // case.page_size)], int(lens[row]))
         for row in sample(case.batch, _CHECKED)

@@ -11,7 +11,7 @@ import torch
 
 from .cases import DecodeCase, PrefillCase
 
-Call = Callable[[], torch.Tensor]
+Call = Callable[[], torch.Tensor]  # returns what attention puts out, [tokens, heads, head_dim]
 _WORKSPACE_BYTES = 512 << 20
 
 
@@ -30,7 +30,7 @@ def _workspace() -> torch.Tensor:
 
 
 def decode_fa3(case: DecodeCase, q: Any, k: Any, v: Any, table: Any, lens: Any) -> Call | None:
-    """FlashAttention 3 over a paged cache. q [batch, heads, dim]; k, v [pages, page_size, kv_heads, dim]."""
+    """FlashAttention 3 over a paged cache."""
     module = available("sgl_kernel.flash_attn")
     if module is None:
         return None
@@ -75,6 +75,8 @@ def decode_flashinfer_cascade(case: DecodeCase, q: Any, k: Any, v: Any, table: A
     return lambda: wrapper.run(q, (k, v))
 
 
+# Each takes a case, q [batch, heads, head_dim], k and v [pages, page_size, kv_heads, head_dim], and the page table and
+# lengths of `DecodeCase.page_table`.
 DECODE: dict[str, Callable[..., Call | None]] = {
     "fa3": decode_fa3,
     "flashinfer": decode_flashinfer,
@@ -165,6 +167,8 @@ def prefill_fa2(case: PrefillCase, q: Any, k: Any, v: Any, cache: Any) -> Call |
     return _sdpa("FLASH_ATTENTION", case, q, k, v)
 
 
+# Each takes a case, q, k and v of the new tokens [tokens, heads, head_dim], and the cache that holds them, too: k and v
+# [pages, page_size, kv_heads, head_dim], page table [batch, pages of a request] and lengths [batch], int32.
 PREFILL: dict[str, Callable[..., Call | None]] = {
     "fa3": prefill_fa3,
     "fa3_paged": prefill_fa3_paged,

@@ -21,7 +21,7 @@ _MAX_REPEATS_US = 4e5  # of device time spent on one cell
 
 
 def _inputs(case: PrefillCase) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
-    """q, k, v of the new tokens [tokens, heads, dim], and the cache (k, v, table, lens) that holds them too."""
+    """What ``peers.PREFILL`` takes beside a case: q, k, v, cache."""
     h, page = case.heads, case.page_size
     tokens, columns = case.batch * case.new, (case.prefix + case.new) // page
     shared = case.prefix // page if case.shared_prefix else 0
@@ -40,7 +40,7 @@ def _inputs(case: PrefillCase) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
 
 
 def flashcore_call(case: PrefillCase, variant: str, q: torch.Tensor, cache: tuple[torch.Tensor, ...]) -> peers.Call:
-    """Plans the case over its pages and returns the run."""
+    """Plans the case over its pages and returns the run; q and cache as those of ``peers.PREFILL``."""
     k_cache, v_cache, table, lens = cache
     attention = PagedAttention(device=q.device)
     columns, h = table.shape[1], case.heads
@@ -62,7 +62,7 @@ def flashcore_call(case: PrefillCase, variant: str, q: torch.Tensor, cache: tupl
 
 
 def max_error(case: PrefillCase, out: torch.Tensor, q: torch.Tensor, cache: tuple[torch.Tensor, ...]) -> float:
-    """Largest absolute difference to fp64 over a few query tokens; NaN is infinite."""
+    """Largest absolute difference of ``out``, like q, to fp64 over a few query tokens; NaN is infinite."""
     k_cache, v_cache, table, _ = cache
     worst = 0.0
     for token in sample(q.shape[0], _CHECKED_ROWS):
