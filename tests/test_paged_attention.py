@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import kit
 import pytest
 import torch
 from cases import CASES, Case, Problem, decode, extend, make
 
-from flashcore_sglang import PagedAttention, variants
+from flashcore_sglang import PagedAttention, reference, variants
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 SOME = CASES[::5]
@@ -50,6 +53,16 @@ def test_one_object_for_every_case(device: str) -> None:
         problem = make(case, device)
         plan(attention, problem)
         kit.check(problem, *run(attention, problem))
+
+
+def test_the_readme_example() -> None:
+    readme = Path(__file__).parents[1] / "README.md"
+    (code,) = re.findall(r"```python\n(.*?)```", readme.read_text(), re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    tables = [names[name].to(names["device"]) for name in ("qo_indptr", "kv_indptr", "kv_indices", "kv_last_page_len")]
+    expected, _ = reference.paged_attention(names["q"], names["k_cache"], names["v_cache"], *tables, causal=True)
+    torch.testing.assert_close(names["out"].float(), expected, atol=2**-8, rtol=2**-7)  # bf16
 
 
 @pytest.mark.gpu
