@@ -93,6 +93,22 @@ def test_same_bits_twice(case: Case, variant: str) -> None:
 
 
 @pytest.mark.parametrize("variant", EVERY)
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("levels", [(-1.0,), (1.0,), (-2.0, -1.0, 1.0, 2.0), (2.0, 0.0, -2.0)], ids=str)
+def test_logits_far_from_zero(levels: tuple[float, ...], head_dim: int, variant: str) -> None:
+    """Channel 0 puts the logits of each stretch of pages at a level of its own, in units of 128 before the scale."""
+    case = extend("far logits", (200, 700), num_heads=4, num_kv_heads=2, head_dim=head_dim, page_size=64)
+    device, rows_per_tile = setup(case, variant)
+    problem = make(case, device)
+    pages = problem.kv_indices.long()
+    column = torch.arange(len(pages), device=device) * len(levels) // len(pages)
+    problem.q[..., 0] = 128.0
+    problem.k_cache[pages, ..., 0] = torch.tensor(levels, device=device)[column][:, None, None].to(case.dtype)
+    plan = kit.make_plan(problem, rows_per_tile=rows_per_tile)
+    kit.check(problem, *kit.attend(problem, plan, variant=variant, rows_per_tile=rows_per_tile))
+
+
+@pytest.mark.parametrize("variant", EVERY)
 def test_pairs_enough_are_not_cut(variant: str) -> None:
     case = extend("many pairs", (700, 700), (333, 400), (1, 65))
     device, rows_per_tile = setup(case, variant)

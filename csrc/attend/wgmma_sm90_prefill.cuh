@@ -5,9 +5,10 @@
 // Grid:  one persistent CTA an SM; TileSchedule says which tiles it runs.
 // Block: one producer warpgroup (its warps share the TMA boxes, one a page) and kConsumers warpgroups of 64 queries.
 // Smem:  kQueryBuffers tiles of Q, rings of kStages blocks of K and of V, all under the 128-byte swizzle.
-// Maths: S of block n - 1 and O += P V of block n run on the tensor cores; the softmax of block n - 1 waits for S
-//        only; P stays in registers. O is rescaled only when a row's maximum has grown by more than 2^8. The last P V
-//        of a tile runs beside the first Q K^T of the next one: the pipeline never drains between tiles.
+// Maths: S of block n - 1 and O += P V of block n run on the tensor cores; the limits of block n - 1 are checked when
+//        S is there, its exponentials follow P V, whose registers P takes. O is rescaled only when a row's P would
+//        exceed 2^8. The last P V of a tile runs beside the first Q K^T of the next one: the pipeline never drains
+//        between tiles.
 // After: FlashAttention-3 (Shah et al., 2024) for the warp specialisation, the overlap inside a warpgroup and the order
 //        between warpgroups; FlashAttention-4 for the conditional rescale; FlashInfer (Ye et al., 2025) for CSR rows.
 #pragma once
@@ -77,10 +78,6 @@ __device__ void consume(const AttendParams& p, Shared<Tr>& smem) {
     wgmma_fence();
     issue_pv<Tr>(o, probabilities, wgmma_descriptor(smem.v[stage_of<kStages>(use)], kBlockKeys * 128));
   };
-  const auto pack_p = [&] {
-#pragma unroll
-    for (int i = 0; i < kBlockKeys / 4; ++i) probabilities[i] = pack2<T>(s[2 * i], s[2 * i + 1]);
-  };
   const auto close = [&] {
     begin_pv();
     wgmma_wait<0>();
@@ -118,7 +115,7 @@ __device__ void consume(const AttendParams& p, Shared<Tr>& smem) {
     // Blocks inside [first_of_all, last_of_all] need no mask in this warp.
     int first_of_all, last_of_all;
     // `begin`: the block's first key.
-    const auto logits_to_p = [&](int begin) {
+    const auto logits = [&](int begin) {
       if constexpr (Tr::kSoftCap) {
         const float inner = p.sm_scale / p.logits_soft_cap;
 #pragma unroll
@@ -126,7 +123,6 @@ __device__ void consume(const AttendParams& p, Shared<Tr>& smem) {
       }
       if (begin + kBlockKeys - 1 > last_of_all) mask<false>(s, rows, begin);
       if (begin < first_of_all) mask<true>(s, rows, begin);
-      return softmax<Tr>(s, rows, softmax_scale, factor);
     };
 
     // A block at the end that none of this warpgroup's queries sees is handed back unread; there is one at most.
@@ -148,10 +144,10 @@ __device__ void consume(const AttendParams& p, Shared<Tr>& smem) {
     wgmma_wait<1>();
     wgmma_pin(s);
     release(smem.k_empty[stage_of<kStages>(first_use)]);
-    logits_to_p(begin);
+    logits(begin);
+    raise_references<Tr>(s, rows, softmax_scale, factor);
     wgmma_wait<0>();
     wgmma_pin(o);
-    wgmma_pin(s);
     if (open) {
       release(smem.v_empty[stage_of<kStages>(use)]);
       write_output<Tr>(p, o, output);
@@ -160,7 +156,7 @@ __device__ void consume(const AttendParams& p, Shared<Tr>& smem) {
     use = first_use;
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) o[i] = 0.0f;
-    pack_p();
+    exponentials<Tr>(s, rows, softmax_scale, probabilities);
     if (skipped == 0) clear_tail<Tr>(smem, use, tail, consumer);
 
     for (begin -= kBlockKeys; begin >= kv_begin; begin -= kBlockKeys, ++use) {
@@ -171,16 +167,16 @@ __device__ void consume(const AttendParams& p, Shared<Tr>& smem) {
       wgmma_wait<1>();
       wgmma_pin(s);
       release(smem.k_empty[stage_of<kStages>(use + 1)]);
-      const bool moved = logits_to_p(begin);
-      wgmma_wait<0>();
+      logits(begin);
+      const bool moved = raise_references<Tr>(s, rows, softmax_scale, factor);
+      wgmma_wait<0>();  // P V is over by now; P of this block goes where P of the last one was
       wgmma_pin(o);
-      wgmma_pin(s);  // packing it any earlier would need a second set of registers for P
       release(smem.v_empty[stage_of<kStages>(use)]);
       if (moved) {
 #pragma unroll
         for (int i = 0; i < kHeadDim / 2; ++i) o[i] *= factor[i / 2 % 2];
       }
-      pack_p();
+      exponentials<Tr>(s, rows, softmax_scale, probabilities);
     }
     output = locate_output(p.plan, job, consumer, group, p.num_qo_heads);
     mbarrier_arrive(&smem.q_empty[buffer]);

@@ -1,6 +1,8 @@
 // The steps of a consumer warpgroup of the Hopper prefill kernel: the two matmuls, masks, softmax, output.
 #pragma once
 
+#include <climits>
+
 #include "attend/wgmma_sm90_prefill_traits.cuh"
 #include "device/math.cuh"
 #include "device/wgmma.cuh"
@@ -35,9 +37,11 @@ __device__ __forceinline__ void issue_pv(float (&o)[Tr::kHeadDim / 2], const uin
 // The two rows a thread holds: which keys they see, and their running softmax.
 struct RowState {
   int32_t first[2], last[2];  // visible keys of the row, inclusive
-  float reference[2];         // the maximum logit P is relative to, in units of the raw logits
+  float reference[2];         // the logit P is relative to, in units of the raw logits
+  int32_t limit_bits[2];      // no logit whose bits are less is too large for the reference; INT_MIN: any may be
   float sum[2];               // of this thread's columns
 };
+constexpr float kNoReference = -1e37f;  // finite, so that no difference is NaN
 
 // Packed query i (0 or 1) of this thread.
 __device__ __forceinline__ int query_of(int consumer, int i) {
@@ -52,7 +56,8 @@ __device__ __forceinline__ void locate_rows(const AttendParams& p, const Job& jo
     const int index = query_of(consumer, i) / group;
     rows.first[i] = job.kv_begin;
     rows.last[i] = job.kv_end - 1;
-    rows.reference[i] = -INFINITY;
+    rows.reference[i] = kNoReference;
+    rows.limit_bits[i] = INT_MIN;
     rows.sum[i] = 0.0f;
     if (index < job.q_count && (p.causal || p.window_left >= 0)) {
       const int position =
@@ -88,11 +93,14 @@ __device__ __forceinline__ T quad_max(T x) {
   return max(x, __shfl_xor_sync(0xffffffff, x, 2));
 }
 
-// The largest logit of each row, or any logit that does not exceed the row's reference if none does. A largest logit
-// that is not negative has the largest bits, too, compared as integers, of which the hardware takes three at a time.
-template <int kElements>
-__device__ __forceinline__ void row_maxima(const float (&s)[kElements], const RowState& rows, float (&maximum)[2]) {
-  bool unordered = false;
+// Raises the references of the warp's rows to their largest logit so far if P of any of them could exceed
+// 2^kRescaleLog2. Returns whether it did; then O * factor[i] is due. Logits are compared with a row's limit by their
+// bits, as integers, of which the hardware takes three at a time: floats that are not negative have their bits' order.
+template <typename Tr>
+__device__ __forceinline__ bool raise_references(const float (&s)[Tr::kBlockKeys / 2], RowState& rows, float scale_log2,
+                                                 float (&factor)[2]) {
+  constexpr int kElements = Tr::kBlockKeys / 2;
+  bool above = false;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     int32_t bits[2] = {__float_as_int(s[2 * i]), __float_as_int(s[2 * i + 1])};
@@ -100,10 +108,9 @@ __device__ __forceinline__ void row_maxima(const float (&s)[kElements], const Ro
     for (int j = 1; j < kElements / 4; ++j) {
       bits[j % 2] = __vimax3_s32(bits[j % 2], __float_as_int(s[4 * j + 2 * i]), __float_as_int(s[4 * j + 2 * i + 1]));
     }
-    maximum[i] = __int_as_float(quad_max(max(bits[0], bits[1])));
-    unordered |= __float_as_int(maximum[i]) < 0 && rows.reference[i] < 0.0f;
+    above |= max(bits[0], bits[1]) >= rows.limit_bits[i];
   }
-  if (!__any_sync(0xffffffff, unordered)) return;
+  if (!__any_sync(0xffffffff, above)) return false;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     float even = s[2 * i], odd = s[2 * i + 1];
@@ -112,46 +119,34 @@ __device__ __forceinline__ void row_maxima(const float (&s)[kElements], const Ro
       even = fmaxf(even, s[4 * j + 2 * i]);
       odd = fmaxf(odd, s[4 * j + 2 * i + 1]);
     }
-    maximum[i] = quad_max(fmaxf(even, odd));
+    const float reference = fmaxf(rows.reference[i], quad_max(fmaxf(even, odd)));
+    factor[i] = exp2_fast((rows.reference[i] - reference) * scale_log2);
+    rows.sum[i] *= factor[i];
+    rows.reference[i] = reference;
+    const float limit = reference + Tr::kRescaleLog2 / scale_log2;
+    rows.limit_bits[i] = limit >= 0.0f ? __float_as_int(limit) : INT_MIN;
   }
+  return true;
 }
 
-// Turns logits into P relative to the row's reference. Returns whether the reference moved; then O * factor[i] is due.
+// P relative to the references, packed for P V, and its sums. One stretch of code without branches: sums and packing
+// hide behind the exponentials.
 template <typename Tr>
-__device__ __forceinline__ bool softmax(float (&s)[Tr::kBlockKeys / 2], RowState& rows, float scale_log2,
-                                        float (&factor)[2]) {
-  constexpr int kElements = Tr::kBlockKeys / 2;
-  float maximum[2];
-  row_maxima(s, rows, maximum);
-  // With no key seen yet the reference is -inf: any finite maximum exceeds it; -inf - -inf is NaN and compares false.
-  const bool grown = (maximum[0] - rows.reference[0]) * scale_log2 > Tr::kRescaleLog2 ||
-                     (maximum[1] - rows.reference[1]) * scale_log2 > Tr::kRescaleLog2;
-  const bool moved = __any_sync(0xffffffff, grown);
-  if (moved) {
+__device__ __forceinline__ void exponentials(const float (&s)[Tr::kBlockKeys / 2], RowState& rows, float scale_log2,
+                                             uint32_t (&probabilities)[Tr::kBlockKeys / 4]) {
+  float even[2] = {0.0f, 0.0f}, odd[2] = {0.0f, 0.0f};
+  const float offset[2] = {rows.reference[0] * scale_log2, rows.reference[1] * scale_log2};
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const float reference = fmaxf(rows.reference[i], maximum[i]);
-      factor[i] = reference == -INFINITY ? 1.0f : exp2_fast((rows.reference[i] - reference) * scale_log2);
-      rows.sum[i] *= factor[i];
-      rows.reference[i] = reference;
-    }
+  for (int j = 0; j < Tr::kBlockKeys / 4; ++j) {
+    const int i = j % 2;
+    const float a = exp2_fast(fmaf(s[2 * j], scale_log2, -offset[i]));
+    const float b = exp2_fast(fmaf(s[2 * j + 1], scale_log2, -offset[i]));
+    even[i] += a;
+    odd[i] += b;
+    probabilities[j] = pack2<typename Tr::T>(a, b);
   }
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const float offset = rows.reference[i] == -INFINITY ? 0.0f : rows.reference[i] * scale_log2;
-    float even = 0.0f, odd = 0.0f;
-#pragma unroll
-    for (int j = 0; j < kElements / 4; ++j) {
-      float& a = s[4 * j + 2 * i];
-      float& b = s[4 * j + 2 * i + 1];
-      a = exp2_fast(fmaf(a, scale_log2, -offset));
-      b = exp2_fast(fmaf(b, scale_log2, -offset));
-      even += a;
-      odd += b;
-    }
-    rows.sum[i] += even + odd;
-  }
-  return moved;
+  for (int i = 0; i < 2; ++i) rows.sum[i] += even[i] + odd[i];
 }
 
 // Lane q of four holds word q of four columns' chunks; afterwards it holds the four words of chunk q.
