@@ -14,7 +14,7 @@ namespace flashcore::prefill {
 // where long rows are cut so that all have work.
 class TileSchedule {
  public:
-  __device__ explicit TileSchedule(const AttendParams& p) : p_(p), range_(blockIdx.x), next_pair_(blockIdx.x) {
+  __device__ explicit TileSchedule(const AttendParams& p) : p_(p), range_(blockIdx.x) {
     if (!many_pairs() && range_ < p.plan.num_ctas) open_range();
   }
 
@@ -44,13 +44,15 @@ class TileSchedule {
   }
 
   __device__ bool open_pair() {
-    const int rank = __shfl_sync(0xffffffff, next_pair_, 0);
-    if (rank >= num_pairs()) return false;
-    // Asked one pair ahead, so that the latency is hidden. Who takes a pair asks once: the last one to ask wraps the
+    // A CTA's first pair is its own; for each other one, and once in vain, it asks: the last one to ask wraps the
     // cursor to 0, ready for the next launch.
-    if (threadIdx.x % 32 == 0) {
-      next_pair_ = gridDim.x + atomicInc(reinterpret_cast<unsigned*>(p_.plan.counts + kNextTile), num_pairs() - 1);
+    int rank = blockIdx.x;
+    if (opened_ && threadIdx.x % 32 == 0) {
+      rank = gridDim.x + atomicInc(reinterpret_cast<unsigned*>(p_.plan.counts + kNextTile), num_pairs() - 1);
     }
+    opened_ = true;
+    rank = __shfl_sync(0xffffffff, rank, 0);
+    if (rank >= num_pairs()) return false;
     const auto [row, head] = locate(rank);
     tile_ = p_.plan.tile_indptr[row * p_.num_kv_heads + head];
     end_ = p_.plan.tile_indptr[row * p_.num_kv_heads + head + 1];
@@ -81,7 +83,8 @@ class TileSchedule {
   }
 
   const AttendParams& p_;
-  int range_, next_pair_;
+  int range_;
+  bool opened_ = false;  // a pair
   int tile_ = 0, end_ = 0;
 };
 
@@ -92,10 +95,18 @@ struct Maps {
   int32_t box_keys;              // keys of a box of k and v; divides page_size and kBlockKeys
 };
 
+template <typename Tr>
+__device__ __forceinline__ int blocks_of(const Tile& tile) {
+  return (tile.kv_end - tile.kv_begin + Tr::kBlockKeys - 1) / Tr::kBlockKeys;
+}
+
 // One thread: tells the consumers about a tile and fetches its queries.
 template <typename Tr>
-__device__ void load_query(const AttendParams& p, const Maps& maps, Shared<Tr>& smem, uint32_t buffer, const Tile& tile,
-                           int row_index, int kv_head, int blocks) {
+__device__ void load_query(const AttendParams& p, const Maps& maps, Shared<Tr>& smem, uint32_t buffer,
+                           const Tile& tile) {
+  const int row_index = tile.pair / p.num_kv_heads;
+  const int kv_head = tile.pair - row_index * p.num_kv_heads;
+  const int blocks = blocks_of<Tr>(tile);
   const Row row = p.plan.rows[row_index];
   const bool packed = row.flags & kPacked;
   const int position = packed ? 0 : p.plan.positions[row.q_begin] - row.kv_pos;
@@ -132,32 +143,42 @@ __device__ void produce(const AttendParams& p, const Maps& maps, Shared<Tr>& sme
   uint32_t kv_use = 0;  // of V; K runs one block ahead
   TileSchedule schedule(p);
 
-  for (uint32_t tiles = 0;; ++tiles) {
+  // All warps: the tile that is to be number `tiles`, or -1.
+  const auto take = [&](uint32_t tiles) {
     int& next_tile = smem.next_tile[tiles % 2];
     if (warp == 0) {
       const int taken = schedule.take();
       if (lane == 0) next_tile = taken;
     }
     named_barrier_sync(kProducerBarrier, 32 * kProducerWarps);
-    const int t = next_tile;
+    return next_tile;
+  };
+  // The first warp: tile `t` and its queries for the consumers, or the end.
+  const auto announce = [&](uint32_t tiles, int t) {
+    if (warp != 0) return;
     const uint32_t buffer = stage_of<Tr::kQueryBuffers>(tiles);
-    const uint32_t buffer_parity = parity_of<Tr::kQueryBuffers>(tiles) ^ 1;
-    if (t < 0) {
-      if (warp == 0) {
-        mbarrier_wait(&smem.q_empty[buffer], buffer_parity);
-        if (lane == 0) {
-          smem.jobs[buffer].blocks = kNoMoreJobs;
-          mbarrier_arrive(&smem.q_full[buffer]);
-        }
-      }
-      return;
+    mbarrier_wait(&smem.q_empty[buffer], parity_of<Tr::kQueryBuffers>(tiles) ^ 1);
+    if (lane == 0 && t >= 0) load_query(p, maps, smem, buffer, plan.tiles[t]);
+    if (lane == 0 && t < 0) {
+      smem.jobs[buffer].blocks = kNoMoreJobs;
+      mbarrier_arrive(&smem.q_full[buffer]);
     }
+    __syncwarp();
+  };
+  // With two buffers of queries a tile is announced while the one before it begins: to find it and to fetch its queries
+  // takes as long as a block or two. With one buffer its first keys go ahead.
+  constexpr bool kAhead = Tr::kQueryBuffers > 1;
+
+  uint32_t tiles = 0;
+  int t = take(tiles);
+  if (kAhead) announce(tiles, t);
+  for (; t >= 0; ++tiles) {
     const Tile tile = plan.tiles[t];
     const int row_index = tile.pair / p.num_kv_heads;
     const int kv_head = tile.pair - row_index * p.num_kv_heads;
     const int32_t* pages = plan.kv_indices + plan.rows[row_index].page_begin;
     pages += static_cast<int64_t>(kv_head) * plan.rows[row_index].head_stride;
-    const int blocks = (tile.kv_end - tile.kv_begin + kBlockKeys - 1) / kBlockKeys;
+    const int blocks = blocks_of<Tr>(tile);
 
     // The page of this lane's box of a block, and the token in it. A box without keys lies outside the cache: TMA
     // writes zeros.
@@ -200,12 +221,11 @@ __device__ void produce(const AttendParams& p, const Maps& maps, Shared<Tr>& sme
       load_k(kv_use, page, token);
     }
 
-    if (warp == 0) {
-      mbarrier_wait(&smem.q_empty[buffer], buffer_parity);
-      if (lane == 0) load_query(p, maps, smem, buffer, tile, row_index, kv_head, blocks);
-      __syncwarp();
-    }
-    if (blocks == 0) continue;
+    if (!kAhead) announce(tiles, t);
+    const auto look_ahead = [&] {
+      t = take(tiles + 1);
+      if (kAhead) announce(tiles + 1, t);
+    };
 
     for (int block = blocks - 2; block >= 0; --block, ++kv_use) {
       int next_page, next_token;
@@ -214,9 +234,12 @@ __device__ void produce(const AttendParams& p, const Maps& maps, Shared<Tr>& sme
       load_v(kv_use, page, token);
       page = next_page;
       token = next_token;
+      if (block == blocks - 2) look_ahead();
     }
-    load_v(kv_use++, page, token);
+    if (blocks > 0) load_v(kv_use++, page, token);
+    if (blocks < 2) look_ahead();
   }
+  if (!kAhead) announce(tiles, t);
 }
 
 }  // namespace flashcore::prefill
