@@ -37,7 +37,7 @@ def compare(
     *,
     error: Callable[[torch.Tensor], float],
     allowed: Callable[[list[float]], float],
-    time: Callable[[Call], Time],
+    time: Callable[[Mapping[str, Call]], Mapping[str, Time]],
     metric: str,
     work: float,
 ) -> list[str]:
@@ -49,7 +49,7 @@ def compare(
         calls: by backend; None for a peer that is missing or cannot.
         error: largest absolute difference to fp64 of a call's output ``[tokens, heads, head_dim]``.
         allowed: the largest error of ours that is right beside those of the peers, of which there may be none.
-        time: microseconds of a call.
+        time: microseconds of calls that take turns.
         metric: ``tb_s`` or ``tflops``, a row beside ``time_us``.
         work: bytes or operations, for it.
 
@@ -59,13 +59,12 @@ def compare(
     present = {name: call for name, call in calls.items() if call is not None}
     errors = {name: error(call()) for name, call in present.items()}
     limit = allowed([value for name, value in errors.items() if not is_ours(name)])
-    failures, shown = [], {}
-    for name, call in present.items():
-        if is_ours(name) and errors[name] > limit:
-            failures.append(f"{case}: {name} is off fp64 by {errors[name]:.2e}, allowed are {limit:.2e}")
-            print(failures[-1], flush=True)
-            continue
-        taken = time(call)
+    wrong = {name for name in present if is_ours(name) and errors[name] > limit}
+    failures = [f"{case}: {name} is off fp64 by {errors[name]:.2e}, allowed are {limit:.2e}" for name in wrong]
+    for failure in failures:
+        print(failure, flush=True)
+    shown = {}
+    for name, taken in time({name: call for name, call in present.items() if name not in wrong}).items():
         speed = work / taken.median / 1e6
         results.add(case, name, "time_us", *taken)
         results.add(case, name, metric, speed)

@@ -12,7 +12,7 @@ from .accuracy import sample, token_error
 from .cases import DecodeCase
 from .compare import backend, compare, unmeasured
 from .results import Results
-from .timing import Flush, measure
+from .timing import Flush, measure_in_turns
 
 _CHECKED = 4  # requests compared with fp64
 _ERROR_SLACK = 1e-4  # absolute: one bf16 ulp of values below 0.03, which outputs over thousands of random keys are
@@ -103,7 +103,7 @@ def _run(
         calls,
         error=lambda out: max_error(case, out, q, k, v, table, lens),
         allowed=lambda of_peers: max(of_peers, default=math.inf) + _ERROR_SLACK,
-        time=lambda call: measure(call, repeats, flush=flush),
+        time=lambda present: measure_in_turns(present, repeats, flush=flush),
         metric="tb_s",
         work=case.unique_bytes,
     )

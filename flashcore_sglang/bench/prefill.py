@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 
@@ -12,7 +13,7 @@ from .accuracy import sample, token_error
 from .cases import Heads, PrefillCase
 from .compare import backend, compare, unmeasured
 from .results import Results, Row
-from .timing import Time, measure
+from .timing import Time, measure_in_turns
 
 _CHECKED_ROWS = 8  # query tokens compared with fp64
 _COPY_TB_S = 4.2  # read and written by a device-to-device copy on an H200
@@ -111,13 +112,13 @@ def _run(results: Results, case: PrefillCase, variants: list[str], with_peers: b
         calls,
         error=lambda out: max_error(case, out, q, cache),
         allowed=lambda of_peers: 2 * min(of_peers, default=math.inf),
-        time=lambda call: _time(call, repeats),
+        time=lambda present: _time(present, repeats),
         metric="tflops",
         work=case.flops,
     )
 
 
-def _time(call: peers.Call, repeats: int) -> Time:
+def _time(calls: Mapping[str, peers.Call], repeats: int) -> dict[str, Time]:
     """Eager: prefill is not captured. Long calls are repeated less."""
-    first = measure(call, 2, graph=False)
-    return measure(call, int(max(3, min(repeats, _MAX_REPEATS_US / first.median))), graph=False)
+    slowest = max(time.median for time in measure_in_turns(calls, 2, graph=False).values())
+    return measure_in_turns(calls, int(max(3, min(repeats, _MAX_REPEATS_US / slowest))), graph=False)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple
 
 import torch
@@ -52,19 +52,32 @@ def captured(call: Callable[[], object]) -> Callable[[], None]:
     return graph.replay
 
 
-def measure(call: Callable[[], object], repeats: int = 20, graph: bool = True, flush: Flush = "read") -> Time:
-    """Times `call` on the device, with the L2 flushed before every run."""
-    replay = captured(call) if graph else call
-    for _ in range(2):
-        replay()
-    times = []
+def measure_in_turns(
+    calls: Mapping[str, Callable[[], object]], repeats: int = 20, graph: bool = True, flush: Flush = "read"
+) -> dict[str, Time]:
+    """Times calls on the device, with the L2 flushed before every run.
+
+    They take turns: a GPU at its power limit slows down over the first hundreds of milliseconds, and a call that is
+    timed before the others would be timed at a higher clock.
+    """
+    replays = {name: captured(call) if graph else call for name, call in calls.items()}
+    for replay in replays.values():
+        for _ in range(2):
+            replay()
+    times: dict[str, list[float]] = {name: [] for name in replays}
     for _ in range(repeats):
-        flush_l2(flush)
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3)
-    quartiles = statistics.quantiles(times, n=4)
-    return Time(statistics.median(times), quartiles[2] - quartiles[0])
+        for name, replay in replays.items():
+            flush_l2(flush)
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            replay()
+            end.record()
+            end.synchronize()
+            times[name].append(begin.elapsed_time(end) * 1e3)
+    quartiles = {name: statistics.quantiles(taken, n=4) for name, taken in times.items()}
+    return {name: Time(statistics.median(times[name]), q[2] - q[0]) for name, q in quartiles.items()}
+
+
+def measure(call: Callable[[], object], repeats: int = 20, graph: bool = True, flush: Flush = "read") -> Time:
+    """Times one call as ``measure_in_turns`` does."""
+    return measure_in_turns({"": call}, repeats, graph, flush)[""]

@@ -83,7 +83,7 @@ def planner_of(case: Case, share: bool, device: str) -> Planner:
         num_kv_heads=8,
         group=4,
         rows_per_tile=128,
-        num_ctas=132,
+        num_ctas=264,
         share=share,
         page_size=PAGE_SIZE,
     )
