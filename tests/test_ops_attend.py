@@ -145,6 +145,46 @@ def test_fixed_splits_do_not_depend_on_the_batch(variant: str) -> None:
     assert torch.equal(lse[1:2], lse_alone)
 
 
+# Of these one kernel computes both phases, so that only the merge may tell a decode step from a mixed batch; on a GPU
+# the work of a decode step is shared out otherwise from 1024 and from 8192 query heads on.
+@pytest.mark.parametrize("variant", [CPU, pytest.param("wmma_sm80", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("requests", [1, 130, 1030])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+def test_decode_tokens_of_a_mixed_batch_have_the_bits_of_a_decode_step(
+    head_dim: int, requests: int, variant: str
+) -> None:
+    kv_lens = (
+        9000,
+        11,
+        0,
+        *(100 + i % 60 for i in range(requests)),
+    )  # 9000: more partial results than are merged at once
+    step = decode("decode step", *kv_lens, head_dim=head_dim)
+    device, rows_per_tile = setup(step, variant)
+    mixed = make(extend("mixed batch", *[(1, n) for n in kv_lens], (20, 200), head_dim=head_dim), device)
+    tokens = len(kv_lens)
+    alone = replace(
+        mixed,
+        case=step,
+        q=mixed.q[:tokens],
+        qo_indptr=mixed.qo_indptr[: tokens + 1],
+        kv_indptr=mixed.kv_indptr[: tokens + 1],
+        kv_indices=mixed.kv_indices[: mixed.kv_indptr[tokens]],
+        last_page_len=mixed.last_page_len[:tokens],
+    )
+    of_mixed, of_step = (
+        kit.attend(
+            problem,
+            kit.make_plan(problem, rows_per_tile=rows_per_tile, split_keys=64),
+            variant=variant,
+            rows_per_tile=rows_per_tile,
+        )
+        for problem in (mixed, alone)
+    )
+    for together, single in zip(of_mixed, of_step, strict=True):
+        assert torch.equal(together[:tokens], single)
+
+
 @pytest.mark.parametrize("variant", EVERY)
 def test_strided_inputs(variant: str) -> None:
     """K and V of a combined cache, and q as a slice of a fused projection."""

@@ -1,18 +1,21 @@
-// Merge of split keys and shared prefixes: combines the partial results of each query in the order of merge_rows.
+// Merge of split keys and shared prefixes: combines the partial results of each query, in the order of merge_order.h.
 //
-// Grid: as many warps as the GPU holds, more when a warp would get over 32 (token, query head) items. Block: 4 warps.
-// The lanes of a warp ask in parallel which of its items have partial results, so that a prefill, where almost every
-// tile wrote its output directly, costs a few loads a warp; then groups of kLanes lanes combine one of these items
-// each: the whole warp in decode, where an item may have many partials, 8 lanes in a prefill, where items have few and
-// are many.
-// The questions are about the plan alone: on Hopper they are asked while the attention kernel still runs.
+//   M = max lse_n;  w_n = 2^(lse_n - M);  out = sum(w_n o_n) / sum(w_n);  lse = M + log2(sum(w_n))
 //
-//   M = max lse_i;  w_i = 2^(lse_i - M);  out = sum(w_i o_i) / sum(w_i);  lse = M + log2(sum(w_i))
+// A decode step has few queries, each with up to hundreds of partial results, and only latency counts. Grid: one CTA of
+// four warps a (token, query head); where there are many, one warp; where there are very many, one warp a (token, KV
+// head). A mixed batch or a prefill has many queries, most of which were written directly, and the others have few
+// partial results. Grid: as many warps as the GPU holds, each for up to 32 (token, query head) items, of which a lane
+// finds out about one; then eight lanes merge an item that has few, all of them one that has many.
 //
-// The order of every sum is that of the plan: equal cuts of the keys give equal bits, whatever else is in the batch.
+// The merge begins while the attention still runs (programmatic dependent launch), finds its partial results in the
+// plan, and waits only before it reads them; then every load is independent of the others.
 #include <cuda_runtime.h>
 
-#include "attend/merge_decode.h"
+#include <type_traits>
+
+#include "attend/merge_order.h"
+#include "attend/partial_list.cuh"
 #include "device/dependent_launch.cuh"
 #include "device/math.cuh"
 #include "params.h"
@@ -21,135 +24,262 @@ namespace flashcore {
 namespace {
 
 constexpr int kWarps = 4;
-constexpr int kWarpsPerSm = 64;  // of the GPU's residency
+constexpr int kHeld = 4;              // partial results of an item whose place a lane finds before the wait
+constexpr int kAtOnce = 8;            // rows a warp has in flight
+constexpr int kManyItems = 1024;      // of a decode step: from here on a warp takes a query head alone
+constexpr int kVeryManyItems = 8192;  // from here on all query heads of a KV head
+constexpr int kFewLanes = 8;          // that merge an item of few partial results
+constexpr int ctas_per_sm(int head_dim) { return head_dim == 256 ? 3 : 5; }
 
-// ----------------------------------------------------------------------------- what is in the plan
+// ------------------------------------------------------------------------------------ many partials
 
-struct TileRange {
-  int begin, end, first_row;  // partial row of a tile: tile.partial + first_row
-};
+// What a lane holds of a row: neighbouring channels. Of 96 channels the last lanes hold none.
+template <int kHeadDim>
+struct Channels {
+  static constexpr int kPerLane = kHeadDim == 96 ? 4 : kHeadDim / 32;
+  float x[kPerLane];
 
-// The tiles that entry `index` of merge_rows points at, for one query head.
-__device__ __forceinline__ TileRange tiles_of(const AttendParams& p, int index, int head) {
-  const int group = p.num_qo_heads / p.num_kv_heads;
-  const int2 entry = reinterpret_cast<const int2*>(p.plan.merge_rows)[index];
-  const int32_t* indptr = p.plan.tile_indptr + entry.x * p.num_kv_heads + head / group;
-  return {indptr[0], indptr[1], entry.y * group + head % group};
-}
+  static __device__ __forceinline__ bool none() {
+    return kPerLane * 32 > kHeadDim && threadIdx.x % 32 * kPerLane >= kHeadDim;
+  }
 
-__device__ __forceinline__ bool has_partials(const AttendParams& p, int item) {
-  const int token = item / p.num_qo_heads;
-  const int begin = p.plan.merge_indptr[token];
-  if (begin == p.plan.merge_indptr[token + 1]) return false;
-  return p.plan.tiles[tiles_of(p, begin, item % p.num_qo_heads).begin].partial >= 0;
-}
-
-// --------------------------------------------------------------------------------------- reduction
-
-// Where a partial result lies, and how it weighs.
-struct Partial {
-  int row;
-  float lse;
-};
-
-// Calls visit(partial of this lane, how many lanes hold one) for every kLanes partial results of a query, in order.
-template <int kLanes, typename Visit>
-__device__ __forceinline__ void for_each_partial(const AttendParams& p, int token, int head, Visit&& visit) {
-  const int lane = threadIdx.x % kLanes;
-  for (int index = p.plan.merge_indptr[token]; index < p.plan.merge_indptr[token + 1]; ++index) {
-    const TileRange tiles = tiles_of(p, index, head);
-    for (int tile = tiles.begin; tile < tiles.end; tile += kLanes) {
-      Partial partial = {0, -INFINITY};
-      if (tile + lane < tiles.end) {
-        partial.row = p.plan.tiles[tile + lane].partial + tiles.first_row;
-        partial.lse = p.partial_lse[partial.row];
+  static __device__ __forceinline__ Channels load(const float* row) {
+    using Vector = std::conditional_t<kPerLane == 2, float2, float4>;
+    constexpr int kWidth = sizeof(Vector) / sizeof(float);
+    Channels c;
+    if (none()) return Channels{};
+#pragma unroll
+    for (int v = 0; v < kPerLane / kWidth; ++v) {
+      const auto from = reinterpret_cast<const Vector*>(row)[threadIdx.x % 32 * (kPerLane / kWidth) + v];
+      c.x[v * kWidth] = from.x;
+      c.x[v * kWidth + 1] = from.y;
+      if constexpr (kWidth == 4) {
+        c.x[v * kWidth + 2] = from.z;
+        c.x[v * kWidth + 3] = from.w;
       }
-      visit(partial, min(tiles.end - tile, kLanes));
     }
+    return c;
+  }
+  __device__ __forceinline__ void add(float weight, const Channels& other) {
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) x[i] += weight * other.x[i];
+  }
+};
+
+__device__ __forceinline__ float warp_max(float x) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, step));
+  return x;
+}
+
+// Merges `heads` query heads of one KV head one by one: their partial results stand side by side. kShare warps work on
+// a head together, each on the sums n % kMergeSums of its own.
+template <typename Element, int kHeadDim, int kShare>
+__device__ __forceinline__ void merge_heads(const AttendParams& p, int first_item, int heads) {
+  constexpr int kOwnSums = kMergeSums / kShare;
+  using Sum = Channels<kHeadDim>;
+  __shared__ float shared_sums[kMergeSums][kShare == 1 ? 1 : 32 * Sum::kPerLane];  // [sum][channel of the lane][lane]
+  __shared__ float shared_weights[kMergeSums];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+
+  const bool exists = first_item < p.num_tokens * p.num_qo_heads;
+
+  const PartialList list(p, exists ? first_item : 0);
+  int held_rows[kHeld];
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    const int n = 32 * i + lane;
+    held_rows[i] = exists && n < list.total ? list.row(n) : -1;
+  }
+  const bool wanted = __any_sync(~0u, held_rows[0] >= 0);
+  wait_for_primary();
+  if (!wanted) return;  // the same in all warps of an item
+
+  const int some_row = __shfl_sync(~0u, held_rows[0], 0);  // read, with weight 0, where there is nothing to read
+  for (int head = 0; head < heads; ++head) {
+    const auto load = [&](Sum(&rows)[kAtOnce], int row, int n) {
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int from = __shfl_sync(~0u, row, n + i * kShare + warp % kShare);
+        rows[i] = Sum::load(p.partial_o + static_cast<int64_t>((from < 0 ? some_row : from) + head) * kHeadDim);
+      }
+    };
+    const auto lse_of = [&](int row) { return row >= 0 ? p.partial_lse[row + head] : -INFINITY; };
+    Sum ahead[kAtOnce];
+    load(ahead, held_rows[0], 0);
+
+    // Weights are relative to the highest LSE.
+    float held_lse[kHeld];
+    float maximum = -INFINITY;
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) maximum = fmaxf(maximum, held_lse[i] = lse_of(held_rows[i]));
+    for (int base = 32 * kHeld; base < list.total; base += 32) maximum = fmaxf(maximum, lse_of(list.row(base + lane)));
+    maximum = warp_max(maximum);
+    const float reference = maximum == -INFINITY ? 0.0f : maximum;
+
+    Sum sums[kOwnSums] = {};
+    float weights[kOwnSums] = {};
+    const auto add = [&](const Sum(&rows)[kAtOnce], float weight, int n) {
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const float w = __shfl_sync(~0u, weight, n + i * kShare + warp % kShare);
+        weights[i % kOwnSums] += w;
+        sums[i % kOwnSums].add(w, rows[i]);
+      }
+    };
+    const auto add_32 = [&](int first, int count, int row, float weight) {
+      for (int n = first; n < count; n += kAtOnce * kShare) {
+        Sum rows[kAtOnce];
+        load(rows, row, n);
+        add(rows, weight, n);
+      }
+    };
+    const float first_weight = exp2_fast(held_lse[0] - reference);
+    add(ahead, first_weight, 0);
+    add_32(kAtOnce * kShare, min(32, list.total), held_rows[0], first_weight);
+#pragma unroll
+    for (int i = 1; i < kHeld; ++i) {
+      add_32(0, min(32, list.total - 32 * i), held_rows[i], exp2_fast(held_lse[i] - reference));
+    }
+    for (int base = 32 * kHeld; base < list.total; base += 32) {
+      const int row = list.row(base + lane);
+      add_32(0, min(32, list.total - base), row, exp2_fast(lse_of(row) - reference));
+    }
+
+    if constexpr (kShare > 1) {
+#pragma unroll
+      for (int i = 0; i < Sum::kPerLane; ++i) shared_sums[warp][32 * i + lane] = sums[0].x[i];
+      if (lane == 0) shared_weights[warp] = weights[0];
+      __syncthreads();
+      if (warp != 0) return;
+    }
+    Sum all[kMergeSums];
+    float all_weights[kMergeSums];
+#pragma unroll
+    for (int i = 0; i < kMergeSums; ++i) {
+      if constexpr (kShare > 1) {
+#pragma unroll
+        for (int c = 0; c < Sum::kPerLane; ++c) all[i].x[c] = shared_sums[i][32 * c + lane];
+        all_weights[i] = shared_weights[i];
+      } else {
+        all[i] = sums[i];
+        all_weights[i] = weights[i];
+      }
+    }
+    const int item = first_item + head;
+    const float weight = add_merge_sums(all_weights[0], all_weights[1], all_weights[2], all_weights[3]);
+    const float inverse = weight > 0.0f ? 1.0f / weight : 0.0f;
+    auto* out = reinterpret_cast<uint32_t*>(static_cast<Element*>(p.out) + static_cast<int64_t>(item) * kHeadDim);
+#pragma unroll
+    for (int v = 0; v < Sum::kPerLane; v += 2) {
+      float x[2];
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        x[e] = add_merge_sums(all[0].x[v + e], all[1].x[v + e], all[2].x[v + e], all[3].x[v + e]) * inverse;
+      }
+      if (!Sum::none()) out[(lane * Sum::kPerLane + v) / 2] = pack2<Element>(x[0], x[1]);
+    }
+    if (p.lse != nullptr && lane == 0) p.lse[item] = weight > 0.0f ? maximum + log2f(weight) : -INFINITY;
   }
 }
 
-// Combines one item with kLanes lanes, each of which holds kVectors float4 of the head dimension. The maximum is known
-// before the sums begin, so their order, and every bit of them, is the same for any kLanes.
-template <typename Element, int kHeadDim, int kLanes>
-__device__ __forceinline__ void combine(const AttendParams& p, int item) {
-  constexpr int kVectors = (kHeadDim + 4 * kLanes - 1) / (4 * kLanes);
-  constexpr int kUnroll = kVectors < 8 ? 8 / kVectors : 1;
-  const int token = item / p.num_qo_heads, head = item % p.num_qo_heads, lane = threadIdx.x % kLanes;
-  const unsigned group = (~0u >> (32 - kLanes)) << (threadIdx.x % 32 - lane);
+// ------------------------------------------------------------------------------------- few partials
 
-  float max = -INFINITY;
-  for_each_partial<kLanes>(p, token, head, [&](Partial partial, int) { max = fmaxf(max, partial.lse); });
+// Merges an item of at most kMergeSums partial results, one to a sum, with kFewLanes lanes. Negative rows: none.
+template <typename Element, int kHeadDim>
+__device__ __forceinline__ void merge_few(const AttendParams& p, int item, const int (&rows)[kMergeSums]) {
+  float weights[kMergeSums];
+  float maximum = -INFINITY;
 #pragma unroll
-  for (int step = kLanes / 2; step > 0; step /= 2) max = fmaxf(max, __shfl_xor_sync(group, max, step));
-
-  float sum = 0.0f;
-  float4 o[kVectors] = {};
-  auto dim = [&](int vector) { return 4 * (lane + kLanes * vector); };
-  for_each_partial<kLanes>(p, token, head, [&](Partial partial, int count) {
-    const float weight = max == -INFINITY ? 0.0f : exp2_fast(partial.lse - max);
-#pragma unroll kUnroll
-    for (int i = 0; i < count; ++i) {
-      const float w = __shfl_sync(group, weight, i, kLanes);
-      const float* from = p.partial_o + int64_t{__shfl_sync(group, partial.row, i, kLanes)} * kHeadDim;
-      sum += w;
-#pragma unroll
-      for (int v = 0; v < kVectors; ++v) {
-        if (dim(v) >= kHeadDim) continue;
-        const float4 x = *reinterpret_cast<const float4*>(from + dim(v));
-        o[v].x += w * x.x;
-        o[v].y += w * x.y;
-        o[v].z += w * x.z;
-        o[v].w += w * x.w;
-      }
-    }
-  });
-
-  const float normalise = sum > 0.0f ? 1.0f / sum : 0.0f;
-  auto* out = static_cast<Element*>(p.out) + int64_t{item} * kHeadDim;
-#pragma unroll
-  for (int v = 0; v < kVectors; ++v) {
-    if (dim(v) >= kHeadDim) continue;
-    *reinterpret_cast<uint2*>(out + dim(v)) = make_uint2(pack2<Element>(o[v].x * normalise, o[v].y * normalise),
-                                                         pack2<Element>(o[v].z * normalise, o[v].w * normalise));
+  for (int n = 0; n < kMergeSums; ++n) {
+    weights[n] = rows[n] >= 0 ? p.partial_lse[rows[n]] : -INFINITY;
+    maximum = fmaxf(maximum, weights[n]);
   }
-  if (p.lse != nullptr && lane == 0) p.lse[item] = sum > 0.0f ? max + log2f(sum) : -INFINITY;
+  const float reference = maximum == -INFINITY ? 0.0f : maximum;
+#pragma unroll
+  for (float& x : weights) x = exp2_fast(x - reference);
+  const float weight = add_merge_sums(weights[0], weights[1], weights[2], weights[3]);
+  const float inverse = weight > 0.0f ? 1.0f / weight : 0.0f;
+
+  const int lane = threadIdx.x % kFewLanes;
+#pragma unroll
+  for (int d = 4 * lane; d < kHeadDim; d += 4 * kFewLanes) {
+    float4 x[kMergeSums];
+#pragma unroll
+    for (int n = 0; n < kMergeSums; ++n) {
+      x[n] = rows[n] >= 0 ? *reinterpret_cast<const float4*>(p.partial_o + int64_t{rows[n]} * kHeadDim + d) : float4{};
+    }
+    const auto merged = [&](float a, float b, float c, float e) {
+      return inverse * add_merge_sums(__fmaf_rn(weights[0], a, 0.0f), __fmaf_rn(weights[1], b, 0.0f),
+                                      __fmaf_rn(weights[2], c, 0.0f), __fmaf_rn(weights[3], e, 0.0f));
+    };
+    *reinterpret_cast<uint2*>(static_cast<Element*>(p.out) + int64_t{item} * kHeadDim + d) =
+        make_uint2(pack2<Element>(merged(x[0].x, x[1].x, x[2].x, x[3].x), merged(x[0].y, x[1].y, x[2].y, x[3].y)),
+                   pack2<Element>(merged(x[0].z, x[1].z, x[2].z, x[3].z), merged(x[0].w, x[1].w, x[2].w, x[3].w)));
+  }
+  if (p.lse != nullptr && lane == 0) p.lse[item] = weight > 0.0f ? maximum + log2f(weight) : -INFINITY;
 }
 
-// ------------------------------------------------------------------------------------------ kernel
+// ----------------------------------------------------------------------------------------- kernels
 
-template <typename Element, int kHeadDim, int kLanes>
-__global__ void __launch_bounds__(32 * kWarps, 6)
-    merge_kernel(const __grid_constant__ AttendParams p, int items_per_warp) {
+template <typename Element, int kHeadDim, int kShare>
+__global__ void __launch_bounds__(32 * kWarps, ctas_per_sm(kHeadDim))
+    merge_decode_kernel(const __grid_constant__ AttendParams p, int heads) {
+  merge_heads<Element, kHeadDim, kShare>(p, (blockIdx.x * kWarps + threadIdx.x / 32) / kShare * heads, heads);
+}
+
+template <typename Element, int kHeadDim>
+__global__ void __launch_bounds__(32 * kWarps, ctas_per_sm(kHeadDim))
+    merge_mixed_kernel(const __grid_constant__ AttendParams p, int items_per_warp) {
   const int lane = threadIdx.x % 32;
   const int begin = (blockIdx.x * kWarps + threadIdx.x / 32) * items_per_warp;
   const int end = min(begin + items_per_warp, p.num_tokens * p.num_qo_heads);
-  const bool mergeable = p.plan.counts[kNumPartials] > 0 && begin + lane < end;
-  unsigned left = __ballot_sync(~0u, mergeable && has_partials(p, begin + lane));
-  wait_for_primary();
-  while (left != 0) {
-    int mine = 0;  // one more than the bit of this lane's group
+  int total = 0, rows[kMergeSums] = {-1, -1, -1, -1};
+  if (p.plan.counts[kNumPartials] > 0 && begin + lane < end) {
+    const PartialList list(p, begin + lane);
+    total = list.total;
 #pragma unroll
-    for (int group = 0; group < 32 / kLanes; ++group) {
-      if (group == lane / kLanes) mine = __ffs(left);
-      left &= left - 1;
-    }
-    if (mine != 0) combine<Element, kHeadDim, kLanes>(p, begin + mine - 1);
+    for (int n = 0; n < kMergeSums; ++n) rows[n] = n < total ? list.row(n) : -1;
   }
+  unsigned few = __ballot_sync(~0u, rows[0] >= 0 && total <= kMergeSums);
+  unsigned many = __ballot_sync(~0u, rows[0] >= 0 && total > kMergeSums);
+  wait_for_primary();
+  while (few != 0) {
+    int item = -1;  // of these lanes
+#pragma unroll
+    for (int lanes = 0; lanes < 32 / kFewLanes; ++lanes) {
+      if (lanes == lane / kFewLanes) item = __ffs(few) - 1;
+      few &= few - 1;
+    }
+    int its_rows[kMergeSums];
+#pragma unroll
+    for (int n = 0; n < kMergeSums; ++n) its_rows[n] = __shfl_sync(~0u, rows[n], max(item, 0));
+    if (item >= 0) merge_few<Element, kHeadDim>(p, begin + item, its_rows);
+  }
+  for (; many != 0; many &= many - 1) merge_heads<Element, kHeadDim, 1>(p, begin + __ffs(many) - 1, 1);
 }
 
 // ---------------------------------------------------------------------------------------- launcher
 
+int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
 template <typename Element, int kHeadDim>
 int launch(const AttendParams& p) {
-  const int items = p.num_tokens * p.num_qo_heads;
-  if (items == 0) return cudaSuccess;
-  const int items_per_resident_warp = (items + p.num_sms * kWarpsPerSm - 1) / (p.num_sms * kWarpsPerSm);
-  const int items_per_warp = items_per_resident_warp < 32 ? items_per_resident_warp : 32;
-  const int ctas = (items + items_per_warp * kWarps - 1) / (items_per_warp * kWarps);
-  const auto kernel = p.decode ? merge_kernel<Element, kHeadDim, 32> : merge_kernel<Element, kHeadDim, 8>;
+  const int items = p.num_tokens * p.num_qo_heads, pairs = p.num_tokens * p.num_kv_heads;
   const auto stream = static_cast<cudaStream_t>(p.stream);
-  return launch_dependent(kernel, ctas, 32 * kWarps, stream, p, items_per_warp);
+  const auto run = [&](auto kernel, int ctas, int argument) {
+    return launch_dependent(kernel, ctas, 32 * kWarps, stream, p, argument);
+  };
+  if (items == 0) return cudaSuccess;
+  if (!p.decode) {
+    const int items_per_warp = min(32, ceil_div(items, p.num_sms * ctas_per_sm(kHeadDim) * kWarps));
+    return run(merge_mixed_kernel<Element, kHeadDim>, ceil_div(items, items_per_warp * kWarps), items_per_warp);
+  }
+  if (items >= kVeryManyItems) {
+    return run(merge_decode_kernel<Element, kHeadDim, 1>, ceil_div(pairs, kWarps), items / pairs);
+  }
+  if (items >= kManyItems) return run(merge_decode_kernel<Element, kHeadDim, 1>, ceil_div(items, kWarps), 1);
+  return run(merge_decode_kernel<Element, kHeadDim, kWarps>, items, 1);
 }
 
 template <typename Element>
@@ -170,7 +300,6 @@ int launch_head_dim(const AttendParams& p) {
 }  // namespace
 
 int run_merge_cuda(const AttendParams& p) {
-  if (p.decode && can_merge_decode(p)) return run_merge_decode_cuda(p);
   if (p.dtype == DType::bf16) return launch_head_dim<__nv_bfloat16>(p);
   if (p.dtype == DType::fp16) return launch_head_dim<__half>(p);
   return cudaErrorInvalidValue;

@@ -1,8 +1,7 @@
-// merge: the partial results of each query token become one, in the order of merge_rows.
+// merge: the partial results of each query token become one, in the order of merge_order.h.
 //
 //   lse = log2(sum_i 2^lse_i),   out = sum_i 2^(lse_i - lse) out_i
 //
-// The order of the sum is the plan's and not the threads', so a plan gives the same bits every time.
 // Method: the merge of softmax states of FlashAttention / FlashInfer (arXiv:2205.14135, arXiv:2501.01005).
 #include <algorithm>
 #include <cmath>
@@ -10,6 +9,7 @@
 #include <vector>
 
 #include "attend/element_cpu.h"
+#include "attend/merge_order.h"
 #include "attend/threads_cpu.h"
 #include "params.h"
 
@@ -35,28 +35,38 @@ bool for_each_partial(const AttendParams& params, int token, int head, Visit vis
   return true;
 }
 
+// `sums`: scratch, [kMergeSums, head_dim].
 template <class T>
-void merge_head(const AttendParams& params, int token, int head, std::vector<float>& sum) {
+void merge_head(const AttendParams& params, int token, int head, std::vector<float>& sums) {
   float max_lse = kNoKeys;
   const bool partial =
       for_each_partial(params, token, head, [&](int64_t i) { max_lse = std::max(max_lse, params.partial_lse[i]); });
   if (!partial) return;
 
-  std::fill(sum.begin(), sum.end(), 0.f);
-  float weight_sum = 0.f;
+  const int head_dim = params.head_dim;
+  std::fill(sums.begin(), sums.end(), 0.f);
+  float weights[kMergeSums] = {};
   if (max_lse != kNoKeys) {  // else (-inf) - (-inf) would be NaN
+    int n = 0;
     for_each_partial(params, token, head, [&](int64_t i) {
       const float weight = std::exp2(params.partial_lse[i] - max_lse);
-      const float* partial_o = params.partial_o + i * params.head_dim;
-      weight_sum += weight;
+      const float* partial_o = params.partial_o + i * head_dim;
+      const int which = n++ % kMergeSums;
+      weights[which] += weight;
       if (weight == 0.f) return;
-      for (int d = 0; d < params.head_dim; ++d) sum[d] += weight * partial_o[d];
+      float* sum = sums.data() + which * head_dim;
+      for (int d = 0; d < head_dim; ++d) sum[d] += weight * partial_o[d];
     });
   }
-  const int64_t out_row = static_cast<int64_t>(token) * params.num_qo_heads + head;
-  T* out = static_cast<T*>(params.out) + out_row * params.head_dim;
+  const float weight_sum = add_merge_sums(weights[0], weights[1], weights[2], weights[3]);
   const float scale = weight_sum > 0.f ? 1.f / weight_sum : 0.f;
-  for (int d = 0; d < params.head_dim; ++d) out[d] = from_float<T>(sum[d] * scale);
+  const int64_t out_row = static_cast<int64_t>(token) * params.num_qo_heads + head;
+  T* out = static_cast<T*>(params.out) + out_row * head_dim;
+  const float* sum = sums.data();
+  for (int d = 0; d < head_dim; ++d) {
+    const float all = add_merge_sums(sum[d], sum[head_dim + d], sum[2 * head_dim + d], sum[3 * head_dim + d]);
+    out[d] = from_float<T>(all * scale);
+  }
   if (params.lse) params.lse[out_row] = max_lse == kNoKeys ? kNoKeys : max_lse + std::log2(weight_sum);
 }
 
@@ -64,10 +74,10 @@ template <class T>
 void merge_tokens(const AttendParams& params) {
   constexpr int kTokensPerTask = 16;
   parallel_for((params.num_tokens + kTokensPerTask - 1) / kTokensPerTask, [&](int task) {
-    std::vector<float> sum(params.head_dim);
+    std::vector<float> sums(kMergeSums * params.head_dim);
     const int end = std::min((task + 1) * kTokensPerTask, params.num_tokens);
     for (int token = task * kTokensPerTask; token < end; ++token) {
-      for (int head = 0; head < params.num_qo_heads; ++head) merge_head<T>(params, token, head, sum);
+      for (int head = 0; head < params.num_qo_heads; ++head) merge_head<T>(params, token, head, sums);
     }
   });
 }

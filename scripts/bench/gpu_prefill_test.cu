@@ -1,7 +1,7 @@
 // Stand-alone check and timing of the Hopper prefill kernel: plans on the host, kernel and merge on the GPU, against a
 // reference in fp32. Build (from the repository root):
 //   nvcc -std=c++20 -O3 -gencode arch=compute_90a,code=sm_90a --expt-relaxed-constexpr -cudart static -I csrc
-//        scripts/bench/gpu_prefill_test.cu csrc/attend/{wgmma_sm90_prefill,merge,merge_decode}.cu
+//        scripts/bench/gpu_prefill_test.cu csrc/attend/{wgmma_sm90_prefill,merge}.cu
 //        csrc/plan/plan_cpu.cpp -o gpu_prefill_test
 // Run: gpu_prefill_test check|time|whole [filter]; whole times the plans without cuts only.
 #include <cuda_bf16.h>
