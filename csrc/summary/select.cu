@@ -1,12 +1,13 @@
 // The pages that each sparse request and KV head reads: those of the best scores (score.cuh), in the order of the
 // sequence.
 //
-// Grid one CTA for each request and KV head, 1024 threads. While the scores are still made a CTA writes the summary of
-// its request's last page if the step has filled it, and all of the list that needs no score. Then the key of the last
-// page that fits the budget is found by a radix select over the range that the keys really span: 2048 counts a round,
-// each round narrowing the range to one bucket until all or one key of it is wanted (two rounds as a rule, three at
-// most). The list is then written by a prefix sum over the columns: no sort, and ties go to the lower column. Shared
-// memory: keys and page ids of 4096 columns, 2048 counts; longer requests read theirs from L2.
+// Grid one CTA for each request and KV head, 1024 threads, each with a stretch of neighbouring columns: keys of 4096
+// in registers, page ids in shared memory; longer requests read theirs from L2. While the scores
+// are still made a CTA writes the summary of its request's last page if the step has filled it, and all of the list
+// that needs no score. Then the key of the last page that fits the budget is found by a radix select over the range
+// that the keys really span: 2048 counts a round, each round narrowing the range to one bucket until all or one key of
+// it is wanted (two rounds as a rule, three at most). The list is then written by a prefix sum over the columns: no
+// sort, and ties go to the lower column.
 #include <cuda_runtime.h>
 
 #include "device/dependent_launch.cuh"
@@ -25,6 +26,7 @@ constexpr int kWarps = kThreads / kWarp;
 constexpr int kBucketBits = 11;
 constexpr int kBuckets = 1 << kBucketBits;
 constexpr int kStaged = 4096;
+constexpr int kHeld = kStaged / kThreads;
 
 // How many columns stand before one in the list: those of a higher key, and those of just the threshold's.
 struct Places {
@@ -34,9 +36,8 @@ struct Places {
 };
 
 struct Shared {
-  alignas(16) uint32_t keys[kStaged];
-  int32_t table[kStaged];
-  int32_t counts[kBuckets];  // 0 but during a round
+  alignas(16) int32_t table[kStaged];  // page ids; before them the keys of the page that is summarised
+  int32_t counts[kBuckets];            // 0 but during a round
   uint32_t lowest[kWarps], highest[kWarps];
   int32_t sums[kWarps];
   Places places[kWarps];
@@ -58,19 +59,38 @@ __device__ T sum_before(T value, T* sums) {
   return warp_sum(lane < warp ? sums[lane] : T{}) + shuffle_up(through, 1);
 }
 
-// The middle columns of one request and KV head: what they score and where their pages are.
+// The middle columns of one request and KV head, of which the thread has the stretch [begin, end).
 struct Columns {
-  Shared& shared;
   const float* scores;
   const int32_t* table;
-  const int32_t count;
+  int32_t* staged;  // a copy of the table, where there is room
+  int32_t all, begin, end;
+  uint32_t keys[kHeld];  // the first ones of the stretch
 
-  __device__ bool staged() const { return count <= kStaged; }
-  __device__ void stage_table() const {
-    for (int32_t i = threadIdx.x; i < count && staged(); i += kThreads) shared.table[i] = table[i];
+  __device__ Columns(const float* scores, const int32_t* table, int32_t* staged, int32_t all)
+      : scores(scores), table(table), staged(staged), all(all) {
+    const int32_t each = (all + kThreads - 1) / kThreads;
+    begin = min(static_cast<int32_t>(threadIdx.x) * each, all);
+    end = min(begin + each, all);
   }
-  __device__ uint32_t key(int32_t i) const { return staged() ? shared.keys[i] : sort_key(scores[i]); }
-  __device__ int32_t page(int32_t i) const { return staged() ? shared.table[i] : table[i]; }
+  __device__ void stage_table() const {
+    for (int32_t i = threadIdx.x; i < min(all, kStaged); i += kThreads) staged[i] = table[i];
+  }
+  __device__ int32_t page(int32_t i) const { return all <= kStaged ? staged[i] : table[i]; }
+  __device__ void load_keys() {
+#pragma unroll
+    for (int32_t i = 0; i < kHeld; ++i) keys[i] = begin + i < end ? sort_key(scores[begin + i]) : 0;
+  }
+  // f(key, i) for each column of the stretch.
+  template <class F>
+  __device__ void for_each(F f) const {
+#pragma unroll
+    for (int32_t i = 0; i < kHeld; ++i) {
+      if (begin + i < end) f(keys[i], begin + i);
+    }
+#pragma unroll 1
+    for (int32_t i = begin + kHeld; i < end; ++i) f(sort_key(scores[i]), i);
+  }
 };
 
 // A column is chosen if its key is higher, or if it is among the first `ties` of just this key.
@@ -79,16 +99,13 @@ struct Threshold {
   int32_t ties;
 };
 
-// Stages the keys and finds the range that they span.
-__device__ uint2 key_range(const Columns& columns) {
-  Shared& shared = columns.shared;
+// The lowest and the highest key.
+__device__ uint2 key_range(const Columns& columns, Shared& shared) {
   uint32_t lowest = ~0u, highest = 0;
-  for (int32_t i = threadIdx.x; i < columns.count; i += kThreads) {
-    const uint32_t key = sort_key(columns.scores[i]);
-    if (columns.staged()) shared.keys[i] = key;
+  columns.for_each([&](uint32_t key, int32_t) {
     lowest = min(lowest, key);
     highest = max(highest, key);
-  }
+  });
   lowest = __reduce_min_sync(~0u, lowest);
   highest = __reduce_max_sync(~0u, highest);
   if (threadIdx.x % kWarp == 0) {
@@ -100,16 +117,15 @@ __device__ uint2 key_range(const Columns& columns) {
   return {__reduce_min_sync(~0u, shared.lowest[warp]), __reduce_max_sync(~0u, shared.highest[warp])};
 }
 
-__device__ Threshold find_threshold(const Columns& columns, int32_t wanted) {
-  Shared& shared = columns.shared;
-  const uint2 range = key_range(columns);
+__device__ Threshold find_threshold(const Columns& columns, int32_t wanted, Shared& shared) {
+  const uint2 range = key_range(columns, shared);
   uint32_t low = range.x, span = range.y - range.x;  // keys low .. low + span are left
   while (true) {
     const int32_t shift = max(kWarp - __clz(span) - kBucketBits, 0);
-    for (int32_t i = threadIdx.x; i < columns.count; i += kThreads) {
-      const uint32_t offset = columns.key(i) - low;
+    columns.for_each([&](uint32_t key, int32_t) {
+      const uint32_t offset = key - low;
       if (offset <= span) atomicAdd(shared.counts + (offset >> shift), 1);
-    }
+    });
     __syncthreads();
     // The bucket, counted from the top, in which the wanted page is; a thread has kEach of them.
     constexpr int32_t kEach = kBuckets / kThreads;
@@ -135,22 +151,18 @@ __device__ Threshold find_threshold(const Columns& columns, int32_t wanted) {
   }
 }
 
-// Each thread lists a stretch of neighbouring columns.
-__device__ void write_list(const Columns& columns, Threshold threshold, int32_t* list) {
-  const int32_t each = (columns.count + kThreads - 1) / kThreads;
-  const int32_t begin = min(static_cast<int32_t>(threadIdx.x) * each, columns.count);
-  const int32_t end = min(begin + each, columns.count);
-  const auto place = [&](int32_t i) { return Places{columns.key(i) > threshold.key, columns.key(i) == threshold.key}; };
+__device__ void write_list(const Columns& columns, Threshold threshold, int32_t* list, Shared& shared) {
+  const auto place = [&](uint32_t key) { return Places{key > threshold.key, key == threshold.key}; };
   Places before{};
-  for (int32_t i = begin; i < end; ++i) before = before + place(i);
-  before = sum_before(before, columns.shared.places);
-  for (int32_t i = begin; i < end; ++i) {
-    const Places own = place(i);
+  columns.for_each([&](uint32_t key, int32_t) { before = before + place(key); });
+  before = sum_before(before, shared.places);
+  columns.for_each([&](uint32_t key, int32_t i) {
+    const Places own = place(key);
     if (own.better || (own.ties && before.ties < threshold.ties)) {
       list[before.better + min(before.ties, threshold.ties)] = columns.page(i);
     }
     before = before + own;
-  }
+  });
 }
 
 // The summary of a page that the step has filled. All threads fetch its keys; one sums up a channel.
@@ -159,8 +171,8 @@ __device__ void fill_summary(const SummarizeParams& p, int64_t page, int32_t kv_
   const int32_t blocks = p.head_dim / kBlock;
   const T* k = static_cast<const T*>(p.k) + page * p.k_stride_page + kv_head * p.k_stride_head;
   int64_t stride = p.k_stride_token;
-  if (p.page_size * p.head_dim * sizeof(T) <= sizeof(shared.keys) + sizeof(shared.table)) {
-    T* staged = reinterpret_cast<T*>(shared.keys);
+  if (p.page_size * p.head_dim * sizeof(T) <= sizeof(shared.table)) {
+    T* staged = reinterpret_cast<T*>(shared.table);
     for (int32_t i = threadIdx.x; i < p.page_size * blocks; i += kThreads) {
       const Block<T> block = load_block(k + i / blocks * stride + i % blocks * kBlock);
       *reinterpret_cast<Block<T>*>(staged + i * kBlock) = block;
@@ -176,7 +188,7 @@ __device__ void fill_summary(const SummarizeParams& p, int64_t page, int32_t kv_
 }
 
 template <class T, class S>
-__global__ void __launch_bounds__(kThreads) select_kernel(SelectParams p) {
+__global__ void __launch_bounds__(kThreads, 2) select_kernel(SelectParams p) {
   __shared__ Shared shared;
   allow_dependents();
   for (int32_t i = threadIdx.x; i < kBuckets; i += kThreads) shared.counts[i] = 0;
@@ -185,8 +197,8 @@ __global__ void __launch_bounds__(kThreads) select_kernel(SelectParams p) {
   if (filled >= 0) fill_summary<T, S>(p.pages, filled, kv_head, shared);
   const Choice choice(p, r);
   int32_t* list = list_of(p, r, kv_head);
-  const Columns columns{shared, scores_of(p, r, kv_head) + choice.middle_begin, choice.table + choice.middle_begin,
-                        choice.columns()};
+  Columns columns(scores_of(p, r, kv_head) + choice.middle_begin, choice.table + choice.middle_begin, shared.table,
+                  choice.columns());
   if (choice.needed()) {
     for (int32_t i = threadIdx.x; i < p.sparse.sink_pages; i += kThreads) list[i] = choice.table[i];
     for (int32_t i = threadIdx.x; i < p.sparse.recent_pages; i += kThreads) {
@@ -195,7 +207,9 @@ __global__ void __launch_bounds__(kThreads) select_kernel(SelectParams p) {
     columns.stage_table();
   }
   wait_for_primary();  // for the scores; all else is older than their kernel
-  if (choice.needed()) write_list(columns, find_threshold(columns, choice.count(p)), list + p.sparse.sink_pages);
+  if (!choice.needed()) return;
+  columns.load_keys();
+  write_list(columns, find_threshold(columns, choice.count(p), shared), list + p.sparse.sink_pages, shared);
 }
 
 }  // namespace
