@@ -54,7 +54,8 @@ STABLE_TORCH_LIBRARY(flashcore, m) {
       "int max_columns, int summary_kind, Tensor(a!) summaries) -> ()");
   m.def(
       "select(Tensor q, Tensor k_cache, Tensor(a!)[] plan, Tensor(b!) summaries, Tensor(c!) scores, int max_columns, "
-      "int summary_kind, int group_reduction, float std_weight, float sm_scale, int sink_pages, int recent_pages, "
+      "int summary_kind, int group_reduction, float std_weight, float sm_scale, int mass_share, int sink_pages, int "
+      "recent_pages, "
       "int budget_pages, int budget_share, int list_pages, int sparse_begin) -> ()");
   m.def(
       "cublaslt_workspace(int batch, int max_qo_len, int max_kv_len, int num_kv_heads, int group, int head_dim, "

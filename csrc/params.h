@@ -54,7 +54,8 @@ enum Count : int32_t {
   kOverflow = 6,  // 1: a capacity was exceeded and the plan is not usable
   kNextTile = 7,  // cursors of kernels that take tiles one by one; 0 between launches
   kNextShortTile = 8,
-  kNumCounts = 9
+  kPagesDropped = 9,  // pages that top-p left out of the lists of all KV heads, since the buffers were made
+  kNumCounts = 10
 };
 
 // A batch's work, in fixed-capacity device buffers so that one captured graph serves every batch of its size.
@@ -179,7 +180,8 @@ enum class GroupReduction : int32_t { max = 0, mean = 1, logsumexp = 2 };
 
 // Scores every page of each sparse request for each KV head and writes the chosen ones, in the order of the sequence,
 // into the sparse part of kv_indices. Requests within the budget are left alone: their rows are dense. Before that, a
-// page that the step has filled gets its summary: until then it is the last one, which is read without a score.
+// page that the step has filled gets its summary: until then it is the last one, which is read without a score. Where
+// top-p makes a list shorter than the plan has it, the tiles of its KV head end with it.
 struct SelectParams {
   Plan plan;
   SummarizeParams pages;  // its kv_indptr, kv_indices and last_page_len are the plan's, first_page is nullptr
@@ -187,8 +189,9 @@ struct SelectParams {
   float* scores;          // [batch * num_kv_heads, max_columns] scratch
   int64_t q_stride_token, q_stride_head;
   GroupReduction group_reduction;
-  float std_weight;  // of the deviations of summary kind mean_std
-  float sm_scale;    // of the logits; logsumexp only
+  float std_weight;    // of the deviations of summary kind mean_std
+  float sm_scale;      // of the logits; logsumexp and top-p
+  int32_t mass_share;  // 65536ths of the softmax mass that are enough (top-p); 65536: the whole budget is read
   int32_t num_qo_heads;
   SparseRows sparse;
   int32_t num_sms;

@@ -56,6 +56,12 @@ class Config(BaseSettings):
     std_weight: float = Field(
         1.0, ge=0, allow_inf_nan=False, description="topk: weight of |q|.std beside q.mean in a page's score (mean_std)"
     )
+    top_p: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="topk: share of the estimated softmax whose pages suffice within the budget; 1: off",
+    )
     cublaslt_ws_mb: int = Field(32, ge=0, le=4096, description="MiB of cuBLASLt workspace")
     cublaslt_scores: Literal["auto", "fp16", "fp32"] = Field(
         "auto", description="what variant cublaslt keeps scores in; auto: fp32 for fp16 inputs, fp16 for bf16"

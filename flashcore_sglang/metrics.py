@@ -9,7 +9,7 @@ the server sets it before ``prometheus_client`` may be imported.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import SimpleNamespace
@@ -26,21 +26,22 @@ class _Copy:
     Attributes:
         counts: int32 ``[plans, NUM_COUNTS]``, pinned.
         arrived: recorded behind the copy.
-        layers: of each plan.
+        plans: whose counts they are, and the layers of each.
     """
 
     counts: torch.Tensor
     arrived: torch.cuda.Event
-    layers: list[int]
+    plans: list[tuple[Plan, int]]
 
 
 class PlanMetrics:
     """Adds the counts of each step's plans to the process's metrics.
 
     Pages are those that one KV head reads, in the mean over the layers where they read different ones (policy topk with
-    dense layers). Page summaries are not counted. Enable it on one rank of a tensor-parallel group (every rank plans
-    the same batch) and observe decode steps: a long prefill reads a page once for each tile of queries, so that nothing
-    is saved there. A request that pads a batch to the size of a captured graph counts as one of one page.
+    dense layers). Page summaries are not counted. What top-p leaves out is counted a step late: layers choose behind
+    the plan. Enable it on one rank of a tensor-parallel group (every rank plans the same batch) and observe decode
+    steps: a long prefill reads a page once for each tile of queries, so that nothing is saved there. A request that
+    pads a batch to the size of a captured graph counts as one of one page.
 
     Args:
         enabled: what callers ask before they observe; without it nothing is imported, either.
@@ -54,6 +55,7 @@ class PlanMetrics:
         self._metrics = _metrics() if enabled else None
         self._pending: deque[_Copy] = deque()
         self._free: list[_Copy] = []
+        self._dropped: dict[int, int] = {}  # address of a plan's counts -> PAGES_DROPPED as last seen
 
     def observe(self, layer_plans: Sequence[tuple[Plan, int]]) -> None:
         """Queues the counts of a step's plans, just written on the current stream, and adds those that have arrived.
@@ -63,18 +65,17 @@ class PlanMetrics:
         """
         if self._metrics is None:
             return
-        used = [(plan.counts, layers) for plan, layers in layer_plans if layers]
-        layers = [layers for _, layers in used]
-        if not used[0][0].is_cuda:
-            self._add([counts.tolist() for counts, _ in used], layers)
+        used = [(plan, layers) for plan, layers in layer_plans if layers]
+        if not used[0][0].counts.is_cuda:
+            self._add([plan.counts.tolist() for plan, _ in used], used)
             return
         self.collect()
         if torch.cuda.is_current_stream_capturing():
             return  # a replay would write to the same buffer behind our back
         copy = self._buffer(len(used))
-        for row, (counts, _) in enumerate(used):
-            copy.counts[row].copy_(counts, non_blocking=True)
-        copy.layers = layers
+        for row, (plan, _) in enumerate(used):
+            copy.counts[row].copy_(plan.counts, non_blocking=True)
+        copy.plans = used
         copy.arrived.record()
         self._pending.append(copy)
 
@@ -82,7 +83,7 @@ class PlanMetrics:
         """Adds the counts that have arrived; never waits."""
         while self._pending and self._pending[0].arrived.query():
             copy = self._pending.popleft()
-            self._add(copy.counts.tolist(), copy.layers)
+            self._add(copy.counts.tolist(), copy.plans)
             self._free.append(copy)
 
     def _buffer(self, plans: int) -> _Copy:
@@ -91,18 +92,29 @@ class PlanMetrics:
                 return self._free.pop(index)
         return _Copy(torch.empty(plans, Count.NUM_COUNTS, dtype=torch.int32, pin_memory=True), torch.cuda.Event(), [])
 
-    def _add(self, counts: list[list[int]], layers: list[int]) -> None:
+    def _add(self, counts: list[list[int]], plans: list[tuple[Plan, int]]) -> None:
         assert self._metrics is not None
+        layers = [layers for _, layers in plans]
 
-        def mean(count: Count) -> float:
-            return sum(of_plan[count] * n for of_plan, n in zip(counts, layers, strict=True)) / sum(layers)
+        def mean(values: Iterable[float]) -> float:
+            return sum(value * n for value, n in zip(values, layers, strict=True)) / sum(layers)
 
-        read, dense = mean(Count.PAGES_READ), mean(Count.PAGES_DENSE)
+        dropped = [self._newly_dropped(plan, of_plan) for (plan, _), of_plan in zip(plans, counts, strict=True)]
+        read = mean(of_plan[Count.PAGES_READ] for of_plan in counts) - mean(dropped)
+        dense = mean(of_plan[Count.PAGES_DENSE] for of_plan in counts)
         self._metrics.pages_read.inc(read)
         self._metrics.pages_saved.inc(max(dense - read, 0))
-        self._metrics.rows_packed.inc(mean(Count.ROWS_PACKED))
+        self._metrics.rows_packed.inc(mean(of_plan[Count.ROWS_PACKED] for of_plan in counts))
         if dense:
             self._metrics.kv_read_ratio.set(read / dense)
+
+    def _newly_dropped(self, plan: Plan, counts: list[int]) -> float:
+        """Pages that one KV head of one layer has not read since the plan's counts were last seen."""
+        now, address = counts[Count.PAGES_DROPPED], plan.counts.data_ptr()
+        before = self._dropped.get(address, 0)
+        self._dropped[address] = now
+        new = now - before if now >= before else now  # less: another buffer at the same address
+        return new / (plan.selections * plan.capacity.num_kv_heads) if new else 0.0
 
 
 @cache

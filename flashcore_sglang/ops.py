@@ -262,6 +262,7 @@ def select(
     std_weight: float,
     sm_scale: float,
     sparse: SparseRows,
+    mass_share: int = 65536,
 ) -> None:
     """Writes the pages that each sparse request and KV head reads into the sparse part of ``kv_indices``.
 
@@ -277,8 +278,11 @@ def select(
         summary_kind: what ``summaries`` were made with.
         group_reduction: a ``GroupReduction`` of the scores of a KV head's query heads.
         std_weight: of kind mean_std: q.mean + std_weight * |q|.std.
-        sm_scale: of the logits, for logsumexp.
+        sm_scale: of the logits, for logsumexp and ``mass_share``.
         sparse: what the plan was made with.
+        mass_share: 65536ths of the softmax, as the scores have it, whose pages are enough within the budget. Below
+            65536 tiles of the plan end where the list of their KV head does, and ``Count.PAGES_DROPPED`` grows by what
+            is left out.
     """
     library().select(
         q,
@@ -291,6 +295,7 @@ def select(
         group_reduction,
         std_weight,
         sm_scale,
+        mass_share,
         *sparse,
     )
 

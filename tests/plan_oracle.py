@@ -349,3 +349,19 @@ def check_counts(view: PlanView, batch: Batch) -> None:
     assert counts[Count.PAGES_DENSE] == sum(map(len, batch.tables))
     assert counts[Count.PAGES_READ] == sum(-(-row.kv_len // batch.page_size) for row in view.rows)
     assert counts[Count.ROWS_PACKED] == sum(bool(row.flags & PACKED) for row in view.rows)
+
+
+def pages_listed(plan: Plan, r: int, kv_len: int) -> list[int]:
+    """How many pages each KV head of a request of ``kv_len`` keys in one sparse row reads, by the tiles' ends."""
+    heads, page_size = plan.capacity.num_kv_heads, plan.capacity.page_size
+    row = int(plan.merge_rows[plan.merge_indptr[r], 0])
+    counts = []
+    for pair in range(row * heads, (row + 1) * heads):
+        tiles = plan.tiles[plan.tile_indptr[pair] : plan.tile_indptr[pair + 1]].tolist()
+        begins, ends = zip(*((tile[1], tile[2]) for tile in tiles), strict=True)
+        keys = max(end for begin, end in zip(begins, ends, strict=True) if begin < end)
+        assert all(begin == end for begin, end in zip(begins, ends, strict=True) if begin >= keys)
+        assert all(a == b for a, b in zip(begins[1:], ends, strict=False) if b < keys), "no gaps before the end"
+        assert keys % page_size == kv_len % page_size
+        counts.append(-(-keys // page_size))
+    return counts

@@ -6,7 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from plan_oracle import pages_listed
 
+from flashcore_sglang.bench.accuracy import token_error
 from flashcore_sglang.bench.cases import Heads
 from flashcore_sglang.bench.sparse import SPARSE_CASES, SparseCase, Step, check
 from flashcore_sglang.planner import Policy
@@ -61,6 +63,27 @@ def test_attention_beside_select_reads_what_select_writes(device: str) -> None:
         beside = sparse.run().clone()
         behind = sparse.attend(replace(sparse.planner.plan, selecting=False))
         assert torch.equal(beside, behind)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_attention_over_lists_that_top_p_ends(device: str) -> None:
+    sparse, _, _ = steps(CASE, device=device)
+    sparse.planner.options = replace(sparse.planner.options, top_p=0.6)
+    seen = set()
+    for scale in (64, 1, 16):  # lists end early, at the whole budget, and in between
+        sparse.q.normal_().mul_(scale)
+        sparse.run()
+        lists = sparse.lists()
+        for r in range(CASE.batch):
+            for h, count in enumerate(pages_listed(sparse.planner.plan, r, CASE.context)):
+                seen.add(count)
+                group, head = slice(4 * h, 4 * h + 4), slice(h, h + 1)
+                kv = sparse.k[:, :, head], sparse.v[:, :, head]
+                visible = count * CASE.page_size - sparse.missing
+                error = token_error(sparse.out[r, group], sparse.q[r, group], *kv, lists[r, h, :count], visible)
+                assert error < torch.finfo(torch.bfloat16).eps * sparse.out.abs().max().item()
+    assert len(seen) > 2
+    assert min(seen) < CASE.pages_read
 
 
 def test_a_wrong_choice_and_a_wrong_result_are_found() -> None:

@@ -53,7 +53,7 @@ def test_select() -> None:
     plan = kit.make_plan(problem)
     summaries = torch.randn(problem.k_cache.shape[0], 2, 2, 64).to(torch.bfloat16)
     scores = torch.zeros(2 * 2 * 8)
-    args = (problem.q, problem.k_cache, plan.tensors(), summaries, scores, 8, 0, 0, 1.0, 0.125, 1, 1, 4, 0, 4)
+    args = (problem.q, problem.k_cache, plan.tensors(), summaries, scores, 8, 0, 0, 1.0, 0.125, 65536, 1, 1, 4, 0, 4)
     torch.library.opcheck(ops.library().select.default, (*args, plan.capacity.pages), test_utils=CHECKS)
 
 

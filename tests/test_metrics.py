@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -169,6 +170,20 @@ def test_dense_layers_count_for_what_they_read(values) -> None:  # type: ignore[
     read = (30 * 10 + 2 * 100) / 32
     assert [after - start for after, start in zip(values()[:3], before[:3], strict=True)] == [read, 100 - read, 0]
     assert values()[3] == pytest.approx(read / 100)
+
+
+def test_pages_that_top_p_dropped_since_the_last_step_are_not_read(values) -> None:  # type: ignore[no-untyped-def]
+    metrics, plan = PlanMetrics(enabled=True), plan_of(40, 100, 0)
+    plan.capacity, plan.selections = replace(plan.capacity, num_kv_heads=2), 3
+    before = values()
+    for dropped in (0, 60, 60, 72):  # of 2 heads and 3 layers, since the buffers were made
+        plan.counts[Count.PAGES_DROPPED] = dropped
+        metrics.observe([(plan, 6), (plan_of(100, 100, 0), 2)])
+    read = (6 * 40 + 2 * 100) / 8
+    of_layers = 6 / 8 / (2 * 3)
+    added = [after - start for after, start in zip(values()[:2], before[:2], strict=True)]
+    assert added == pytest.approx([4 * read - 72 * of_layers, 4 * (100 - read) + 72 * of_layers])
+    assert values()[3] == pytest.approx((read - 12 * of_layers) / 100)
 
 
 @pytest.mark.gpu

@@ -6,11 +6,12 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from plan_oracle import Batch, check_plan
+from plan_oracle import Batch, check_plan, pages_listed
 from test_plan import private
 
 from flashcore_sglang import ops
 from flashcore_sglang.planner import (
+    Count,
     GroupReduction,
     Plan,
     PlannerOptions,
@@ -182,9 +183,16 @@ def test_summaries_of_changed_pages_only(device: str) -> None:
         assert torch.equal(summaries[table[begin:]], everything[table[begin:]])
 
 
-def select(case: Case, batch: Batch, q: torch.Tensor, k_cache: torch.Tensor, summaries: torch.Tensor) -> torch.Tensor:
-    """Page lists [batch, kv_heads, list_pages] after the plan and select ops on q's device."""
-    plan = batch.plan(q.device.type)
+def run_select(
+    case: Case,
+    plan: Plan,
+    batch: Batch,
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    summaries: torch.Tensor,
+    mass_share: int = 65536,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Page lists [batch, kv_heads, list_pages] and scores [batch, kv_heads, columns] after the select op on a plan."""
     columns = max(map(len, batch.tables))
     scores = torch.full((batch.size * case.num_kv_heads, columns), torch.nan, device=q.device)
     ops.select(
@@ -199,9 +207,18 @@ def select(case: Case, batch: Batch, q: torch.Tensor, k_cache: torch.Tensor, sum
         std_weight=case.std_weight,
         sm_scale=case.head_dim**-0.5,
         sparse=batch.sparse_rows(plan.capacity.pages),
+        mass_share=mass_share,
     )
+    lists = plan.kv_indices[plan.capacity.pages :].view(batch.size, case.num_kv_heads, batch.list_pages)
+    return lists.cpu(), scores.view(batch.size, case.num_kv_heads, columns).cpu()
+
+
+def select(case: Case, batch: Batch, q: torch.Tensor, k_cache: torch.Tensor, summaries: torch.Tensor) -> torch.Tensor:
+    """Page lists after the plan and select ops on q's device."""
+    plan = batch.plan(q.device.type)
+    lists, _ = run_select(case, plan, batch, q, k_cache, summaries)
     check_plan(plan, batch)
-    return plan.kv_indices[plan.capacity.pages :].view(batch.size, case.num_kv_heads, batch.list_pages).cpu()
+    return lists
 
 
 def head_scores(case: Case, q: torch.Tensor, summaries: torch.Tensor) -> torch.Tensor:
@@ -298,6 +315,63 @@ def test_fp32_selections_are_plain_torch_to_the_bit(kind: SummaryKind, reduction
             best = sorted(middle, key=lambda c: (-score[c, h].item(), c))[: case.budget_pages - 3]
             columns = [*range(case.sink_pages), *sorted(best), *range(recent, len(table))]
             assert lists[r, h].tolist() == [table[c] for c in columns]
+
+
+def masses(case: Case, scores: torch.Tensor) -> torch.Tensor:
+    """int64 masses of the scores of one KV head's pages, in the fp32 arithmetic of csrc/summary/rules.h."""
+    log2e, sm_scale = torch.tensor(1.44269504), torch.tensor(case.head_dim**-0.5)
+    scale = {
+        GroupReduction.MAX: sm_scale * log2e,
+        GroupReduction.MEAN: sm_scale * log2e / case.group,
+        GroupReduction.LOGSUMEXP: log2e,
+    }[case.reduction]
+    t = (scores.max() - scores) * scale
+    whole = t.clamp(max=31).int()
+    power = torch.tensor(-9.4755366e-4)
+    for coefficient in (9.2108757e-3, -5.5299606e-2, 0.24017949, -0.69314322, 1.0):
+        power = power * (t - whole) + torch.tensor(coefficient)
+    bits = 30 - len(scores).bit_length()
+    return torch.where(t < 31, (torch.ldexp(power, bits - whole)).long(), 0).clamp(min=1)
+
+
+TOP_P = ["bf16", "fp16", "mean of the group", "logsumexp of the group", "group 12, logsumexp", "ties", "no sinks"]
+TOP_P += ["page 64, long", "one KV head, more pages than are staged", "a third of the context", "fp8", "many requests"]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", TOP_P)
+def test_top_p_reads_the_fewest_of_the_best_pages_that_have_the_mass(name: str, device: str) -> None:
+    case = CASES[name]
+    batch = case.batch()
+    k_cache, q = case.cache(batch.num_pages), case.query(batch.size)
+    summaries = summarize(case, batch, k_cache, batch.plan(), [0] * batch.size).to(device)
+    whole = select(case, batch, q.to(device), k_cache.to(device), summaries)
+    plan = batch.plan(device)
+    dropped = 0
+    for share in (1, 20000, 62259, 30000, 65535, 65536):  # the same plan: tiles grow again, too
+        lists, scores = run_select(case, plan, batch, q.to(device), k_cache.to(device), summaries, share)
+        for r, table in enumerate(batch.tables):
+            budget = batch.sparse(r)
+            if not budget:
+                continue
+            recent = len(table) - case.recent_pages
+            room = budget - case.sink_pages - case.recent_pages
+            if share == 65536:
+                assert torch.equal(lists[r, :, :budget], whole[r, :, :budget])
+                continue
+            for h, listed in enumerate(pages_listed(plan, r, batch.kv_lens[r])):
+                mass = masses(case, scores[r, h, case.sink_pages : recent])
+                enough = -(-int(mass.sum()) * share // 65536)
+                best = sorted(range(len(mass)), key=lambda c: (-scores[r, h, case.sink_pages + c].item(), c))
+                count = 0
+                while count < room and sum(mass[best[:count]].tolist()) < enough:
+                    count += 1
+                middle = sorted(case.sink_pages + c for c in best[:count])
+                columns = [*range(case.sink_pages), *middle, *range(recent, len(table))]
+                assert listed == len(columns)
+                assert lists[r, h, :listed].tolist() == [table[c] for c in columns]
+                dropped += room - count
+    assert plan.counts[Count.PAGES_DROPPED] == dropped
 
 
 @pytest.mark.gpu

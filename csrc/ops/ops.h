@@ -32,8 +32,8 @@ void summarize(const Tensor& k_cache, const Tensor& kv_indptr, const Tensor& kv_
 
 void select(const Tensor& q_tensor, const Tensor& k_cache, const std::vector<Tensor>& plan, const Tensor& summaries,
             const Tensor& scores_tensor, int64_t max_columns, int64_t summary_kind, int64_t group_reduction,
-            double std_weight, double sm_scale, int64_t sink_pages, int64_t recent_pages, int64_t budget_pages,
-            int64_t budget_share, int64_t list_pages, int64_t sparse_begin);
+            double std_weight, double sm_scale, int64_t mass_share, int64_t sink_pages, int64_t recent_pages,
+            int64_t budget_pages, int64_t budget_share, int64_t list_pages, int64_t sparse_begin);
 
 int64_t cublaslt_workspace(int64_t batch, int64_t max_qo_len, int64_t max_kv_len, int64_t num_kv_heads, int64_t group,
                            int64_t head_dim, bool fp16, bool causal, bool fp32_scores, int64_t matmul_bytes);

@@ -60,8 +60,8 @@ void summarize(const Tensor& k_cache, const Tensor& kv_indptr, const Tensor& kv_
 
 void select(const Tensor& q_tensor, const Tensor& k_cache, const std::vector<Tensor>& plan, const Tensor& summaries,
             const Tensor& scores_tensor, int64_t max_columns, int64_t summary_kind, int64_t group_reduction,
-            double std_weight, double sm_scale, int64_t sink_pages, int64_t recent_pages, int64_t budget_pages,
-            int64_t budget_share, int64_t list_pages, int64_t sparse_begin) {
+            double std_weight, double sm_scale, int64_t mass_share, int64_t sink_pages, int64_t recent_pages,
+            int64_t budget_pages, int64_t budget_share, int64_t list_pages, int64_t sparse_begin) {
   constexpr const char* kOp = "select";
   const TensorArg q = describe(kOp, "q", q_tensor);
   const int device = q.device;
@@ -78,6 +78,8 @@ void select(const Tensor& q_tensor, const Tensor& k_cache, const std::vector<Ten
           "budget_pages: expected more than sink_pages + recent_pages (at least 1) and at most list_pages, got ",
           budget_pages, " for ", sink_pages, " + ", recent_pages, " and ", list_pages,
           "; pass what the plan was made with");
+  require(mass_share > 0 && mass_share <= 65536, kOp, "mass_share: expected 1 to 65536, got ", mass_share,
+          "; pass 65536 to read the whole budget");
   const TensorArg scores = describe(kOp, "scores", scores_tensor);
   require_buffer(scores, q.size(0) * num_kv_heads * max_columns, device, Scalar::fp32);
   const auto [buffers, batch] = describe_plan(kOp, plan, device, q.size(0), num_kv_heads, group, 0);
@@ -101,6 +103,7 @@ void select(const Tensor& q_tensor, const Tensor& k_cache, const std::vector<Ten
       .group_reduction = static_cast<GroupReduction>(group_reduction),
       .std_weight = static_cast<float>(std_weight),
       .sm_scale = static_cast<float>(sm_scale),
+      .mass_share = static_cast<int32_t>(mass_share),
       .num_qo_heads = static_cast<int32_t>(q.size(1)),
       .sparse = {.sink_pages = static_cast<int32_t>(sink_pages),
                  .recent_pages = static_cast<int32_t>(recent_pages),

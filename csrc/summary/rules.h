@@ -50,17 +50,23 @@ FLASHCORE_HD float polynomial(const float (&coefficients)[kCount], float x) {  /
   return value;
 }
 
+constexpr float kLog2E = 1.44269504f;
+
+// 2^-t for 0 <= t < 126, to 1e-7; exactly 1 for 0.
+FLASHCORE_HD float power_of_half(float t) {
+  constexpr float kExp2[] = {-9.4755366e-4f, 9.2108757e-3f, -5.5299606e-2f, 0.24017949f, -0.69314322f, 1.0f};
+  const int32_t whole = static_cast<int32_t>(t);
+  return multiply(polynomial(kExp2, add(t, -static_cast<float>(whole))), std::bit_cast<float>((127 - whole) << 23));
+}
+
 // log(exp(a) + exp(b)), to 1e-6: the larger one + log(1 + 2^-t) for a distance of t / log2(e).
 FLASHCORE_HD float log_sum_exp(float a, float b) {
-  constexpr float kExp2[] = {-9.4755366e-4f, 9.2108757e-3f, -5.5299606e-2f, 0.24017949f, -0.69314322f, 1.0f};
   constexpr float kLog1p[] = {-8.574676e-3f, 4.4214193e-2f, -0.10785368f, 0.17757025f,
                               -0.24499612f,  0.33276176f,   -0.49997449f, 0.99999982f};
   const float top = larger(a, b);
-  const float t = multiply(add(top, -smaller(a, b)), 1.44269504f);
+  const float t = multiply(add(top, -smaller(a, b)), kLog2E);
   if (!(t < 25.0f)) return top;  // too far to matter, or not a number
-  const int32_t whole = static_cast<int32_t>(t);
-  const float power =
-      multiply(polynomial(kExp2, add(t, -static_cast<float>(whole))), std::bit_cast<float>((127 - whole) << 23));
+  const float power = power_of_half(t);
   return add(top, multiply(polynomial(kLog1p, power), power));
 }
 
@@ -99,6 +105,41 @@ FLASHCORE_HD uint32_t sort_key(float score) {
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
+FLASHCORE_HD float score_of(uint32_t key) { return std::bit_cast<float>(key & 0x80000000u ? key & 0x7fffffffu : ~key); }
+
+// --- Top-p
+// -------------------------------------------------------------------------------------------------------------
+//
+// Twilight (arXiv 2502.02770): of the pages that fit the budget as many as have a share p of the softmax, taking the
+// scores of all pages for logits. A page's mass is 2^(its logit - the best one's) in units of 2^-bits, a whole number:
+// sums do not depend on their order. It is 1 at least, and the masses of a KV head add up to less than 2^31. All pages
+// that have a score are full, so that none stands for more keys than another.
+struct MassRule {
+  static constexpr int32_t kWhole = 65536;  // of SelectParams::mass_share
+
+  float best, scale, unit;  // the best score; from scores to logits in base 2; 2^bits
+
+  FLASHCORE_HD MassRule(const SelectParams& p, float best, int32_t columns)
+      : best(best),
+        scale(p.group_reduction == GroupReduction::logsumexp ? kLog2E : multiply(p.sm_scale, kLog2E)),
+        unit(static_cast<float>(1 << (30 - std::bit_width(static_cast<uint32_t>(columns))))) {
+    // Such a score is the sum of the group's.
+    if (p.group_reduction == GroupReduction::mean) scale /= static_cast<float>(p.num_qo_heads / p.pages.num_kv_heads);
+  }
+  FLASHCORE_HD int32_t of(float score) const {
+    const float t = multiply(add(best, -score), scale);
+    const int32_t mass = t < 31.0f ? static_cast<int32_t>(multiply(power_of_half(t), unit)) : 0;
+    return mass > 1 ? mass : 1;
+  }
+};
+
+FLASHCORE_HD bool has_top_p(const SelectParams& p) { return p.mass_share < MassRule::kWhole; }
+
+// Of the mass of all pages, what is enough; at least 1.
+FLASHCORE_HD int32_t enough_mass(const SelectParams& p, int32_t all) {
+  return static_cast<int32_t>((int64_t{all} * p.mass_share + MassRule::kWhole - 1) / MassRule::kWhole);
+}
+
 // --- What is chosen from
 // ------------------------------------------------------------------------------------------------
 
@@ -131,6 +172,20 @@ FLASHCORE_HD int32_t* list_of(const SelectParams& p, int32_t r, int32_t kv_head)
 
 FLASHCORE_HD float* scores_of(const SelectParams& p, int32_t r, int32_t kv_head) {
   return p.scores + (int64_t{r} * p.pages.num_kv_heads + kv_head) * p.pages.max_columns;
+}
+
+// Ends the tiles of a request and KV head with their list of `pages` pages. A thread takes every step-th tile.
+FLASHCORE_HD void end_tiles(const SelectParams& p, int32_t r, int32_t kv_head, int32_t pages, int32_t first,
+                            int32_t step) {
+  const Plan& plan = p.plan;
+  const int32_t row = plan.merge_rows[2 * plan.merge_indptr[plan.qo_indptr[r]]];  // a sparse request is in one alone
+  const int32_t pair = row * p.pages.num_kv_heads + kv_head, end = plan.tile_indptr[pair + 1];
+  const int32_t keys = (pages - 1) * p.pages.page_size + plan.last_page_len[r];
+  for (int32_t t = plan.tile_indptr[pair] + first; t < end; t += step) {
+    const int32_t planned = t + 1 < end ? plan.tiles[t + 1].kv_begin : plan.rows[row].kv_len;
+    const int32_t kv_end = keys < planned ? keys : planned, kv_begin = plan.tiles[t].kv_begin;
+    plan.tiles[t].kv_end = kv_end > kv_begin ? kv_end : kv_begin;
+  }
 }
 
 // The page that a step has filled, or -1: the last one of a request where its summary is due.

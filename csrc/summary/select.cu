@@ -41,6 +41,7 @@ struct Shared {
   uint32_t lowest[kWarps], highest[kWarps];
   int32_t sums[kWarps];
   Places places[kWarps];
+  int32_t all_mass, chosen;  // top-p
   struct {
     int32_t bucket, wanted, inside;
   } found;
@@ -117,14 +118,20 @@ __device__ uint2 key_range(const Columns& columns, Shared& shared) {
   return {__reduce_min_sync(~0u, shared.lowest[warp]), __reduce_max_sync(~0u, shared.highest[warp])};
 }
 
-__device__ Threshold find_threshold(const Columns& columns, int32_t wanted, Shared& shared) {
-  const uint2 range = key_range(columns, shared);
+// Of two thresholds the one that lets fewer columns pass.
+__device__ Threshold stricter(const Threshold& a, const Threshold& b) {
+  return a.key > b.key || (a.key == b.key && a.ties < b.ties) ? a : b;
+}
+
+// The columns of the highest keys whose sizes (of 1 at least, equal for equal keys) add up to `wanted`.
+template <class Size>
+__device__ Threshold find_threshold(const Columns& columns, uint2 range, int32_t wanted, Shared& shared, Size size) {
   uint32_t low = range.x, span = range.y - range.x;  // keys low .. low + span are left
   while (true) {
     const int32_t shift = max(kWarp - __clz(span) - kBucketBits, 0);
     columns.for_each([&](uint32_t key, int32_t) {
       const uint32_t offset = key - low;
-      if (offset <= span) atomicAdd(shared.counts + (offset >> shift), 1);
+      if (offset <= span) atomicAdd(shared.counts + (offset >> shift), size(key));
     });
     __syncthreads();
     // The bucket, counted from the top, in which the wanted page is; a thread has kEach of them.
@@ -147,11 +154,28 @@ __device__ Threshold find_threshold(const Columns& columns, int32_t wanted, Shar
     span = (1u << shift) - 1;
     wanted = shared.found.wanted;
     if (wanted == shared.found.inside) return {low, INT32_MAX};  // the whole bucket
-    if (shift == 0) return {low, wanted};
+    if (shift == 0) return {low, ceil_div(wanted, size(low))};
   }
 }
 
-__device__ void write_list(const Columns& columns, Threshold threshold, int32_t* list, Shared& shared) {
+// The columns that the budget has room for, or with top-p those of them that are enough.
+template <bool kTopP>
+__device__ Threshold choose(const SelectParams& p, const Choice& choice, const Columns& columns, Shared& shared) {
+  const uint2 range = key_range(columns, shared);
+  const Threshold fits = find_threshold(columns, range, choice.count(p), shared, [](uint32_t) { return 1; });
+  if constexpr (!kTopP) return fits;
+  const MassRule rule(p, score_of(range.y), choice.columns());
+  const auto mass = [&](uint32_t key) { return rule.of(score_of(key)); };
+  int32_t own = 0;
+  columns.for_each([&](uint32_t key, int32_t) { own += mass(key); });
+  const int32_t before = sum_before(own, shared.sums);
+  if (threadIdx.x == kThreads - 1) shared.all_mass = before + own;
+  __syncthreads();
+  return stricter(fits, find_threshold(columns, range, enough_mass(p, shared.all_mass), shared, mass));
+}
+
+// Returns, in the last thread, how many columns are listed.
+__device__ int32_t write_list(const Columns& columns, Threshold threshold, int32_t* list, Shared& shared) {
   const auto place = [&](uint32_t key) { return Places{key > threshold.key, key == threshold.key}; };
   Places before{};
   columns.for_each([&](uint32_t key, int32_t) { before = before + place(key); });
@@ -163,6 +187,18 @@ __device__ void write_list(const Columns& columns, Threshold threshold, int32_t*
     }
     before = before + own;
   });
+  return before.better + min(before.ties, threshold.ties);
+}
+
+// Behind a list that top-p has made shorter: the recent pages, and the end of its tiles.
+__device__ void end_list(const SelectParams& p, const Choice& choice, int32_t r, int32_t kv_head, int32_t chosen) {
+  const int32_t dropped = choice.count(p) - chosen, recent = p.sparse.recent_pages;
+  int32_t* end = list_of(p, r, kv_head) + choice.budget - dropped;
+  for (int32_t i = threadIdx.x; i < recent; i += kThreads) {
+    end[i - recent] = choice.table[choice.pages - recent + i];
+  }
+  end_tiles(p, r, kv_head, choice.budget - dropped, threadIdx.x, kThreads);
+  if (threadIdx.x == 0) atomicAdd(p.plan.counts + kPagesDropped, dropped);
 }
 
 // The summary of a page that the step has filled. All threads fetch its keys; one sums up a channel.
@@ -187,7 +223,7 @@ __device__ void fill_summary(const SummarizeParams& p, int64_t page, int32_t kv_
   __syncthreads();
 }
 
-template <class T, class S>
+template <class T, class S, bool kTopP>
 __global__ void __launch_bounds__(kThreads, 2) select_kernel(SelectParams p) {
   __shared__ Shared shared;
   allow_dependents();
@@ -209,7 +245,12 @@ __global__ void __launch_bounds__(kThreads, 2) select_kernel(SelectParams p) {
   wait_for_primary();  // for the scores; all else is older than their kernel
   if (!choice.needed()) return;
   columns.load_keys();
-  write_list(columns, find_threshold(columns, choice.count(p), shared), list + p.sparse.sink_pages, shared);
+  const Threshold threshold = choose<kTopP>(p, choice, columns, shared);
+  const int32_t chosen = write_list(columns, threshold, list + p.sparse.sink_pages, shared);
+  if constexpr (!kTopP) return;
+  if (threadIdx.x == kThreads - 1) shared.chosen = chosen;
+  __syncthreads();
+  end_list(p, choice, r, kv_head, shared.chosen);
 }
 
 }  // namespace
@@ -219,8 +260,10 @@ int run_select_cuda(const SelectParams& p) {
   return with_elements(p.pages, [&](auto key, auto summary) {
     const cudaError_t error = p.pages.dtype == DType::bf16 ? launch_score_bf16(p) : launch_score_fp16(p);
     if (error != cudaSuccess) return error;
-    return launch_dependent(select_kernel<decltype(key), decltype(summary)>, p.pages.batch * p.pages.num_kv_heads,
-                            kThreads, static_cast<cudaStream_t>(p.pages.stream), p);
+    const auto kernel = has_top_p(p) ? select_kernel<decltype(key), decltype(summary), true>
+                                     : select_kernel<decltype(key), decltype(summary), false>;
+    return launch_dependent(kernel, p.pages.batch * p.pages.num_kv_heads, kThreads,
+                            static_cast<cudaStream_t>(p.pages.stream), p);
   });
 }
 

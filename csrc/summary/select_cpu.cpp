@@ -1,5 +1,6 @@
 // Page selection on CPU threads: see score.cu and select.cu. One task for each request and KV head.
 #include <algorithm>
+#include <atomic>
 #include <vector>
 
 #include "attend/threads_cpu.h"
@@ -66,7 +67,19 @@ void score_pages(const SelectParams& p, const Choice& choice, int32_t r, int32_t
   }
 }
 
-void choose(const SelectParams& p, const Choice& choice, const float* scores, int32_t* list) {
+// How many of the best columns, which come in order, have mass enough; all of them where they have not.
+int32_t count_enough(const SelectParams& p, const Choice& choice, const float* scores,
+                     const std::vector<int32_t>& best) {
+  const MassRule mass(p, scores[best[0]], choice.columns());
+  int32_t all = 0, sum = 0, count = 0;
+  for (int32_t c = choice.middle_begin; c < choice.middle_end; ++c) all += mass.of(scores[c]);
+  const int32_t enough = enough_mass(p, all), most = static_cast<int32_t>(best.size());
+  while (count < most && sum < enough) sum += mass.of(scores[best[count++]]);
+  return count;
+}
+
+// Returns how many pages are chosen.
+int32_t choose(const SelectParams& p, const Choice& choice, const float* scores, int32_t* list) {
   std::vector<int32_t> columns;
   for (int32_t c = choice.middle_begin; c < choice.middle_end; ++c) columns.push_back(c);
   const auto better = [&](int32_t a, int32_t b) {
@@ -75,10 +88,15 @@ void choose(const SelectParams& p, const Choice& choice, const float* scores, in
   };
   std::nth_element(columns.begin(), columns.begin() + choice.count(p), columns.end(), better);
   columns.resize(choice.count(p));
+  if (has_top_p(p)) {
+    std::sort(columns.begin(), columns.end(), better);
+    columns.resize(count_enough(p, choice, scores, columns));
+  }
   std::sort(columns.begin(), columns.end());
   for (int32_t c = 0; c < p.sparse.sink_pages; ++c) *list++ = choice.table[c];
   for (const int32_t c : columns) *list++ = choice.table[c];
   for (int32_t c = choice.pages - p.sparse.recent_pages; c < choice.pages; ++c) *list++ = choice.table[c];
+  return static_cast<int32_t>(columns.size());
 }
 
 }  // namespace
@@ -97,7 +115,10 @@ int run_select_cpu(const SelectParams& p) {
       if (!choice.needed()) return;
       float* scores = scores_of(p, r, kv_head);
       score_pages<T, S>(p, choice, r, kv_head, scores);
-      choose(p, choice, scores, list_of(p, r, kv_head));
+      const int32_t chosen = choose(p, choice, scores, list_of(p, r, kv_head)), dropped = choice.count(p) - chosen;
+      if (!has_top_p(p)) return;
+      end_tiles(p, r, kv_head, choice.budget - dropped, 0, 1);
+      std::atomic_ref(p.plan.counts[kPagesDropped]) += dropped;
     });
   });
   return 0;

@@ -35,7 +35,8 @@ class Count(IntEnum):
     PAGES_DENSE = 4
     ROWS_PACKED = 5
     OVERFLOW = 6
-    NUM_COUNTS = 9
+    PAGES_DROPPED = 9
+    NUM_COUNTS = 10
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,7 @@ class Plan:
     scratch: torch.Tensor  # [scratch_size] written anew by every plan
     batch: int  # requests of the current plan, at most capacity.batch
     cut: bool = True  # whether rows of the current plan may be cut: if not, nothing is partial, nothing to be merged
+    selections: int = 0  # runs of op select in a step, one for each layer that chooses its pages
     selecting: bool = False  # whether op select is the last thing launched, and may still write the page lists
 
     @classmethod

@@ -28,6 +28,8 @@ class PlannerOptions:
         max_columns: pages of a request at most; needed with ``budget_fraction``.
         std_weight: topk: weight of |q|.std beside q.mean in a page's score.
         group_reduction: topk: one score of a KV head's query heads.
+        top_p: topk: of the pages of the budget so many of the best are read as have this share of the softmax, by the
+            scores of all pages to choose from; 1: all of them.
         share: read pages that requests share once.
         split_keys: 0, or the fixed length of a tile in keys: results then do not depend on the rest of the batch.
     """
@@ -41,6 +43,7 @@ class PlannerOptions:
     max_columns: int = 0
     std_weight: float = 1.0
     group_reduction: GroupReduction = GroupReduction.MAX
+    top_p: float = 1.0
     share: bool = True
     split_keys: int = 0
 
@@ -58,6 +61,7 @@ class PlannerOptions:
             max_columns=max_columns,
             std_weight=config.std_weight,
             group_reduction=GroupReduction[config.group_reduction.upper()],
+            top_p=config.top_p,
             share=config.share_prefixes and not config.deterministic,
             split_keys=config.split_keys if config.deterministic else 0,
         )
@@ -66,6 +70,11 @@ class PlannerOptions:
     def budget_share(self) -> int:
         """``budget_fraction`` in 65536ths, as the ops take it."""
         return round(self.budget_fraction * 65536)
+
+    @property
+    def mass_share(self) -> int:
+        """``top_p`` in 65536ths, as the ops take it."""
+        return max(round(self.top_p * 65536), 1)
 
     @property
     def list_pages(self) -> int:

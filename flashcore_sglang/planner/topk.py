@@ -3,6 +3,9 @@
 After Quest (arXiv 2406.10774), with mean and standard deviation of K in place of its minimum and maximum unless the
 configuration says otherwise. How many pages a row reads is known when the batch is planned, so tiles are cut once;
 which pages, the select op writes before a layer attends. Sinks and recent pages are always in.
+
+With top-p (after Twilight, arXiv 2502.02770) a KV head whose softmax is concentrated reads fewer: select ends the tiles
+of its row early. The plan is cut for whole budgets, so that it is bytes that this saves, and time where all heads do.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ class Topk(Planner):
     ) -> None:
         super().__init__(options, capacity, device)
         self.summaries = summaries
+        self.plan.selections = len(summaries.spec.selecting)
         self.scores = torch.empty(
             (capacity.batch * capacity.num_kv_heads, summaries.spec.max_columns), dtype=torch.float32, device=device
         )
@@ -48,8 +52,9 @@ class Topk(Planner):
     def for_layer(self, layer_id: int, q: torch.Tensor, k_cache: torch.Tensor, sm_scale: float | None = None) -> Plan:
         if self._sparse and layer_id not in self.summaries.sparse:
             return self.dense_plan
-        self.plan.selecting = self._sparse and layer_id in self.summaries.of_layer
-        if self.plan.selecting:
+        selects = self._sparse and layer_id in self.summaries.of_layer
+        self.plan.selecting = selects and self.options.top_p == 1  # else select writes tiles, too
+        if selects:
             self._select(layer_id, q, k_cache, q.shape[-1] ** -0.5 if sm_scale is None else sm_scale)
         return self.plan
 
@@ -73,6 +78,7 @@ class Topk(Planner):
             std_weight=o.std_weight,
             sm_scale=sm_scale,
             sparse=o.sparse_rows(self.capacity.pages),
+            mass_share=o.mass_share,
         )
 
     def _make(self, num_tokens: int, *, decode: bool, causal: bool, window_left: int) -> None:
