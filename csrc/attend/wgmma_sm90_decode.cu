@@ -23,10 +23,13 @@
 //   end at 74 % of the time (the others then get its bandwidth); 10 to 17 % where prefixes are shared, since the rows
 //   that read the same pages then do so at the same time.
 // - Cutting all heads of a row alike, so that neighbours in memory are read together: nothing.
-// - Tall tiles of the same keys side by side in time, and beside short ones: 4 x 128 x 8592 with 8192 shared 410 to 320
-// us.
+// - Tall tiles of the same keys side by side in time, and beside short ones: 4 x 128 x 8592 with 8192 shared, 410 to
+//   320 us.
 // - Tall tiles of 128 queries instead of 64: half the bytes from L2, 12 to 25 % faster where most keys are shared
 //   (64 x 36864 with 32768 shared: 400 to 351 us; 4 x 128 x 8448 with 8192: 438 to 340); dense within 1 %.
+// - Softmax of a tall block beside P V of the one before: needs 208 registers (with 200 ptxas serialises) and leaves 48
+//   to the producers, whose spills are cold: 4 x 128 x 8448 298 to 283 us, but small batches 2 to 8 % slower.
+// - A merge within this kernel instead of a second one: about 1 us slower up to 8 requests, 1 to 2 faster at 16.
 // - Q of tall tiles in registers: ptxas 13.0 hands these registers to P where both products are 64 x 64.
 #include <cuda_runtime.h>
 
