@@ -12,7 +12,7 @@ from cases import Case, Problem
 
 from flashcore_sglang import cublaslt, ops, reference
 from flashcore_sglang.planner import Capacity, Plan, PlannerOptions, make_planner
-from flashcore_sglang.planner.plan import ROW_FIELDS, TILE_FIELDS
+from flashcore_sglang.planner.plan import ROW_FIELDS, TILE_FIELDS, Count
 
 
 def make_plan(
@@ -96,7 +96,7 @@ def make_untrimmed_plan(
         ints(cta_indptr),
         ints(merge_indptr),
         ints(merge_rows, -1, 2) if merge_rows else ints([], 0, 2),
-        ints([len(rows), len(tiles), partials, 0, 0, 0, 0, 0, 0]),
+        ints([len(rows), len(tiles), partials] + [0] * (Count.NUM_COUNTS - Count.PAGES_READ)),
     ]
 
 
