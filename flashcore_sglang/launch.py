@@ -9,6 +9,8 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 MODULE = "sglang.launch_server"
 
@@ -17,7 +19,7 @@ MODULE = "sglang.launch_server"
 def launched(
     flags: Sequence[str], environment: Mapping[str, str], log: Path, grace_s: float = 0.0, module: str = MODULE
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A server that may still be starting inside the block, and is gone after it.
+    """A server that may still be starting inside the block, and is gone after it, even if SIGTERM ends the block.
 
     Args:
         flags: of the module.
@@ -26,6 +28,7 @@ def launched(
         grace_s: seconds that it has to end by itself before it is killed.
         module: another one than SGLang's server.
     """
+    previous = signal.signal(signal.SIGTERM, _leave)  # `timeout`, say; by default nothing below would run
     with log.open("w") as stream:
         process = subprocess.Popen(
             [sys.executable, "-m", module, *flags],
@@ -37,6 +40,7 @@ def launched(
     try:
         yield process
     finally:
+        signal.signal(signal.SIGTERM, previous)
         with suppress(ProcessLookupError):  # all of it has ended by itself
             if grace_s > 0:
                 os.killpg(process.pid, signal.SIGTERM)
@@ -44,3 +48,7 @@ def launched(
                     process.wait(grace_s)
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def _leave(number: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + number)

@@ -17,7 +17,7 @@ from flashcore_sglang import ops
 from flashcore_sglang.planner.plan import SPLIT_UNIT, Capacity, Count, Plan, Policy
 
 PACKED, SOLE = 1, 2
-MIN_UNITS, BASE_COST, SLACK_SHARE = 2, 4, 16  # csrc/plan/schedule.h
+MIN_UNITS, BASE_COST, SLACK_SHARE, SLACK_UNITS = 2, 4, 16, 4  # csrc/plan/schedule.h
 
 
 @dataclass
@@ -330,7 +330,7 @@ def check_ctas(view: PlanView, batch: Batch) -> None:
     # The line also holds one unit of start-up for each pair.
     total = sum(costs) + sum(unit_cost(len(row.tokens) * batch.group) for row in view.rows) * batch.num_kv_heads
     share = total / min(batch.num_ctas, max(1, total // (MIN_UNITS * BASE_COST)))
-    slack = share / SLACK_SHARE + BASE_COST if cut_by_pairs(view) else 0
+    slack = min(share / SLACK_SHARE, SLACK_UNITS * BASE_COST) + BASE_COST if cut_by_pairs(view) else 0
     for begin, end in itertools.pairwise(indptr):
         assert sum(costs[begin:end]) <= share + slack + max(weights), (
             "no CTA has more than its share and a unit, or a packed tile"

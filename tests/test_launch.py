@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -30,3 +32,18 @@ def test_why_a_server_did_not_start_is_what_is_raised(grace_s: float, tmp_path: 
     with pytest.raises(RuntimeError, match="the server did not start"):
         fail()
     assert "no-port" in log.read_text()
+
+
+def test_a_server_is_gone_after_sigterm(tmp_path: Path) -> None:
+    """As when `timeout` ends a benchmark."""
+    servers = []
+
+    def wait() -> None:
+        with launched(["0"], os.environ, tmp_path / "log", module="http.server") as process:
+            servers.append(process)
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+
+    with pytest.raises(SystemExit, match=str(128 + signal.SIGTERM)):
+        wait()
+    assert servers[0].poll() is not None
