@@ -21,7 +21,6 @@ namespace flashcore {
 constexpr int kBlock = 8;  // channels that one lane sums up: 16 bytes of 16-bit elements
 
 // --- Arithmetic that no compiler fuses
-// --------------------------------------------------------------------------------
 
 FLASHCORE_HD float multiply(float a, float b) {
 #ifdef __CUDA_ARCH__
@@ -71,7 +70,6 @@ FLASHCORE_HD float log_sum_exp(float a, float b) {
 }
 
 // --- Scores
-// ------------------------------------------------------------------------------------------------------------
 
 // What vector 0 or 1 of a summary is multiplied with.
 FLASHCORE_HD float query_form(SummaryKind kind, int32_t vector, float q) {
@@ -108,7 +106,6 @@ FLASHCORE_HD uint32_t sort_key(float score) {
 FLASHCORE_HD float score_of(uint32_t key) { return std::bit_cast<float>(key & 0x80000000u ? key & 0x7fffffffu : ~key); }
 
 // --- Top-p
-// -------------------------------------------------------------------------------------------------------------
 //
 // Twilight (arXiv 2502.02770): of the pages that fit the budget as many as have a share p of the softmax, taking the
 // scores of all pages for logits. A page's mass is 2^(its logit - the best one's) in units of 2^-bits, a whole number:
@@ -141,7 +138,6 @@ FLASHCORE_HD int32_t enough_mass(const SelectParams& p, int32_t all) {
 }
 
 // --- What is chosen from
-// ------------------------------------------------------------------------------------------------
 
 // The page columns of a request: sinks | [middle_begin, middle_end) to choose from | recent.
 struct Choice {
