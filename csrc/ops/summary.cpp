@@ -105,12 +105,7 @@ void select(const Tensor& q_tensor, const Tensor& k_cache, const std::vector<Ten
       .sm_scale = static_cast<float>(sm_scale),
       .mass_share = static_cast<int32_t>(mass_share),
       .num_qo_heads = static_cast<int32_t>(q.size(1)),
-      .sparse = {.sink_pages = static_cast<int32_t>(sink_pages),
-                 .recent_pages = static_cast<int32_t>(recent_pages),
-                 .budget_pages = static_cast<int32_t>(budget_pages),
-                 .budget_share = static_cast<int32_t>(budget_share),
-                 .list_pages = static_cast<int32_t>(list_pages),
-                 .begin = static_cast<int32_t>(sparse_begin)},
+      .sparse = sparse_rows(sink_pages, recent_pages, budget_pages, budget_share, list_pages, sparse_begin),
       .num_sms = num_sms(device),
   };
   run(kOp, kOp, device == kCpu ? run_select_cpu : run_select_cuda, params);

@@ -108,6 +108,16 @@ PlanArg describe_plan(const char* op, const std::vector<Tensor>& tensors, int de
   };
 }
 
+SparseRows sparse_rows(int64_t sink_pages, int64_t recent_pages, int64_t budget_pages, int64_t budget_share,
+                       int64_t list_pages, int64_t begin) {
+  return {.sink_pages = static_cast<int32_t>(sink_pages),
+          .recent_pages = static_cast<int32_t>(recent_pages),
+          .budget_pages = static_cast<int32_t>(budget_pages),
+          .budget_share = static_cast<int32_t>(budget_share),
+          .list_pages = static_cast<int32_t>(list_pages),
+          .begin = static_cast<int32_t>(begin)};
+}
+
 Launch::Launch(int device) {
   if (device == kCpu) return;
   guard_.emplace(device);

@@ -30,6 +30,10 @@ struct PlanArg {
 PlanArg describe_plan(const char* op, const std::vector<Tensor>& tensors, int device, int64_t num_tokens,
                       int64_t num_kv_heads, int64_t rows_per_tile, int64_t max_partials);
 
+// What an op takes as six numbers.
+SparseRows sparse_rows(int64_t sink_pages, int64_t recent_pages, int64_t budget_pages, int64_t budget_share,
+                       int64_t list_pages, int64_t begin);
+
 // The device of an op's tensors for as long as the op runs, and the stream that torch uses there.
 class Launch {
  public:
