@@ -153,12 +153,8 @@ def test_fixed_splits_do_not_depend_on_the_batch(variant: str) -> None:
 def test_decode_tokens_of_a_mixed_batch_have_the_bits_of_a_decode_step(
     head_dim: int, requests: int, variant: str
 ) -> None:
-    kv_lens = (
-        9000,
-        11,
-        0,
-        *(100 + i % 60 for i in range(requests)),
-    )  # 9000: more partial results than are merged at once
+    # 9000 keys are more partial results than are merged at once.
+    kv_lens = (9000, 11, 0, *(100 + i % 60 for i in range(requests)))
     step = decode("decode step", *kv_lens, head_dim=head_dim)
     device, rows_per_tile = setup(step, variant)
     mixed = make(extend("mixed batch", *[(1, n) for n in kv_lens], (20, 200), head_dim=head_dim), device)

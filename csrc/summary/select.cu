@@ -2,12 +2,12 @@
 // sequence.
 //
 // Grid one CTA for each request and KV head, 1024 threads, each with a stretch of neighbouring columns: keys of 4096
-// in registers, page ids in shared memory; longer requests read theirs from L2. While the scores
-// are still made a CTA writes the summary of its request's last page if the step has filled it, and all of the list
-// that needs no score. Then the key of the last page that fits the budget is found by a radix select over the range
-// that the keys really span: 2048 counts a round, each round narrowing the range to one bucket until all or one key of
-// it is wanted (two rounds as a rule, three at most). The list is then written by a prefix sum over the columns: no
-// sort, and ties go to the lower column.
+// in registers, page ids in shared memory; longer requests read theirs from L2. While the scores are still made a CTA
+// writes the summary of its request's last page if the step has filled it, and all of the list that needs no score.
+// Then the key of the last page that fits the budget is found by a radix select over the range that the keys really
+// span: 2048 counts a round, each round narrowing the range to one bucket until all or one key of it is wanted (two
+// rounds as a rule, three at most). The list is then written by a prefix sum over the columns: no sort, and ties go to
+// the lower column.
 #include <cuda_runtime.h>
 
 #include "device/dependent_launch.cuh"

@@ -59,7 +59,7 @@ def compare(
     present = {name: call for name, call in calls.items() if call is not None}
     errors = {name: error(call()) for name, call in present.items()}
     limit = allowed([value for name, value in errors.items() if not is_ours(name)])
-    wrong = {name for name in present if is_ours(name) and errors[name] > limit}
+    wrong = [name for name in present if is_ours(name) and errors[name] > limit]
     failures = [f"{case}: {name} is off fp64 by {errors[name]:.2e}, allowed are {limit:.2e}" for name in wrong]
     for failure in failures:
         print(failure, flush=True)
