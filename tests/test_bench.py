@@ -274,26 +274,53 @@ def test_rows_of_another_machine_are_refused(tmp_path: Path) -> None:
     results.Results(path=tmp_path / "not there yet.json").resume()
 
 
-def test_figures_with_the_l2_emptied_otherwise_are_refused(tmp_path: Path) -> None:
+def test_figures_by_another_method_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "r.json"
-    results.Results(l2_flush="write").save(file)
-    assert json.loads(file.read_text())["l2_flush"] == "write"
-    results.Results(path=file, l2_flush="write").resume()
-    with pytest.raises(ValueError, match="expected rows with l2_flush read, got those with write"):
-        results.Results(path=file, l2_flush="read").resume()
+    published = timing.Method("write", "runs")
+    results.Results(method=published.words).save(file)
+    assert {"l2_flush": "write", "order": "runs"}.items() <= json.loads(file.read_text()).items()
+    results.Results(path=file, method=published.words).resume()
+    for other in (timing.Method("read", "runs"), timing.Method("write", "turns")):
+        with pytest.raises(ValueError, match=r"expected rows measured with .*, got those with .*write.*runs"):
+            results.Results(path=file, method=other.words).resume()
+
+
+@pytest.mark.parametrize("order, runs", [("turns", "abab"), ("runs", "aabb")])
+def test_every_run_finds_an_empty_l2_and_nothing_to_wait_for(
+    order: timing.Order, runs: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None: ...
+        def record(self) -> None:
+            done.append("|")
+
+        def synchronize(self) -> None: ...
+        def elapsed_time(self, _: Event) -> float:
+            return 0.002
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(timing, "flush_l2", lambda by: done.append("." if by == "write" else "?"))
+    times = timing.measure_all(
+        {name: partial(done.append, name) for name in "ab"}, 2, graph=False, method=timing.Method("write", order)
+    )
+    assert times == dict.fromkeys("ab", timing.Time(2.0, 0.0))
+    queue = "." * timing._FLUSHES_AHEAD
+    assert "".join(done).removeprefix("aabb") == "".join(f"{queue}|{name}|" for name in runs)
 
 
 @pytest.mark.parametrize(
-    "arguments, flush",
+    "arguments, method",
     [
-        ("decode", "read"),
-        ("decode --flush write", "write"),
-        ("prefill", "read"),
-        ("sparse", "read"),
-        ("e2e --model m", None),
+        ("decode", timing.Method("read", "turns").words),
+        ("decode --flush write --order runs", timing.Method("write", "runs").words),
+        ("prefill --order runs", timing.Method("read", "runs").words),
+        ("sparse", timing.Method("read", "turns").words),
+        ("e2e --model m", {}),
     ],
 )
-def test_how_the_l2_is_emptied_is_recorded(arguments: str, flush: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_method_is_recorded(arguments: str, method: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[results.Results] = []
 
     def run(measured: results.Results, *_: object) -> list[str]:
@@ -303,7 +330,7 @@ def test_how_the_l2_is_emptied_is_recorded(arguments: str, flush: str | None, mo
     for benchmark in (decode, prefill, sparse, e2e):
         monkeypatch.setattr(benchmark, "run", run)
     assert bench.main(arguments.split()) == 0
-    assert [measured.l2_flush for measured in made] == [flush]
+    assert [measured.method for measured in made] == [method]
 
 
 def test_readme_tables_are_what_the_result_files_say() -> None:

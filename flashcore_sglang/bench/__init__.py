@@ -34,20 +34,25 @@ def _parser() -> argparse.ArgumentParser:
         )
         kernel.add_argument("--no-peers", action="store_true", help="leave FA3, FlashInfer and the others out")
         kernel.add_argument("--repeats", type=int, default=20, help="timed runs of a cell")
-        if name == "decode":
-            kernel.add_argument(
-                "--flush",
-                choices=["read", "write"],
-                help="how the L2 is emptied before a run: by reading, as a server's weights do, or by writing, whose "
-                "write-back is then measured, too, as in most published figures",
-            )
-        kernel.set_defaults(flush="read")
+        kernel.add_argument(
+            "--flush",
+            choices=["read", "write"],
+            default="read",
+            help="how the L2 is emptied before a run: by reading, as a server's weights do, or by writing, whose "
+            "write-back is then measured, too, as in most published figures",
+        )
+        kernel.add_argument(
+            "--order",
+            choices=["turns", "runs"],
+            default="turns",
+            help="backends take turns, with cold instructions as in a server, or have their runs one after the other, "
+            "as in most published figures",
+        )
         _add_file(kernel)
 
     sparse = commands.add_parser("sparse", help="page selection and attention over the choice (needs a GPU)")
     sparse.add_argument("--no-peers", action="store_true", help="leave FA3 and FlashInfer, which read everything, out")
     sparse.add_argument("--repeats", type=int, default=20, help="timed runs of a cell")
-    sparse.set_defaults(flush="read")
     _add_file(sparse)
 
     server = commands.add_parser("e2e", help="a real SGLang server under load (needs a GPU)")
@@ -65,7 +70,6 @@ def _parser() -> argparse.ArgumentParser:
     server.add_argument("--max-running", type=int, default=512, help="concurrent requests of the server")
     server.add_argument("--limit-s", type=float, default=300, help="seconds after which a workload counts as hung")
     server.add_argument("--logs", type=Path, default=Path("bench_logs"), help="folder for server and client logs")
-    server.set_defaults(flush=None)  # the model's own layers empty the L2
     _add_file(server)
     server.add_argument("server_flags", nargs="*", help="after --: further flags of the server")
 
@@ -90,22 +94,24 @@ def _plot(args: argparse.Namespace) -> int:
 
 
 def _measure(args: argparse.Namespace) -> int:
-    from . import decode, e2e, prefill, results, sparse
+    from . import decode, e2e, prefill, results, sparse, timing
     from .cases import DECODE_SUITES, PREFILL_SUITES
 
     if args.resume and not args.json:
         raise ValueError("--resume: expected the file to go on with, got none; name it by --json")
-    measured = results.Results(path=args.json, l2_flush=args.flush)
+    method = timing.Method(getattr(args, "flush", "read"), getattr(args, "order", "turns"))
+    # In a server the model's own layers empty the L2.
+    measured = results.Results(path=args.json, method={} if args.what == "e2e" else method.words)
     if args.resume:
         measured.resume()
     failures: list[str] = []
     try:
         if args.what == "decode":
             cases = [case for suite in args.suite for case in DECODE_SUITES[suite]]
-            failures = decode.run(measured, cases, args.variants, not args.no_peers, args.repeats, args.flush)
+            failures = decode.run(measured, cases, args.variants, not args.no_peers, args.repeats, method)
         elif args.what == "prefill":
             shapes = [case for suite in args.suite for case in PREFILL_SUITES[suite]]
-            failures = prefill.run(measured, shapes, args.variants, not args.no_peers, args.repeats)
+            failures = prefill.run(measured, shapes, args.variants, not args.no_peers, args.repeats, method)
         elif args.what == "sparse":
             failures = sparse.run(measured, sparse.SPARSE_CASES, not args.no_peers, args.repeats)
         else:

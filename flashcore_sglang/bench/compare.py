@@ -49,7 +49,7 @@ def compare(
         calls: by backend; None for a peer that is missing or cannot.
         error: largest absolute difference to fp64 of a call's output ``[tokens, heads, head_dim]``.
         allowed: the largest error of ours that is right beside those of the peers, of which there may be none.
-        time: microseconds of calls that take turns.
+        time: microseconds of calls.
         metric: ``tb_s`` or ``tflops``, a row beside ``time_us``.
         work: bytes or operations, for it.
 

@@ -12,7 +12,7 @@ from .accuracy import sample, token_error
 from .cases import DecodeCase
 from .compare import backend, compare, unmeasured
 from .results import Results
-from .timing import Flush, measure_in_turns
+from .timing import Method, measure_all
 
 _CHECKED = 4  # requests compared with fp64
 _ERROR_SLACK = 1e-4  # absolute: one bf16 ulp of values below 0.03, which outputs over thousands of random keys are
@@ -71,7 +71,7 @@ def run(
     variants: list[str],
     with_peers: bool,
     repeats: int,
-    flush: Flush,
+    method: Method,
 ) -> list[str]:
     """Measures every case that `results` does not have, saving rows as they come.
 
@@ -80,12 +80,12 @@ def run(
     """
     failures: list[str] = []
     for case in unmeasured(results, cases, variants):
-        failures += _run(results, case, variants, with_peers, repeats, flush)
+        failures += _run(results, case, variants, with_peers, repeats, method)
     return failures
 
 
 def _run(
-    results: Results, case: DecodeCase, variants: list[str], with_peers: bool, repeats: int, flush: Flush
+    results: Results, case: DecodeCase, variants: list[str], with_peers: bool, repeats: int, method: Method
 ) -> list[str]:
     table, lens, num_pages = case.page_table("cuda")
     h = case.heads
@@ -103,7 +103,7 @@ def _run(
         calls,
         error=lambda out: max_error(case, out, q, k, v, table, lens),
         allowed=lambda of_peers: max(of_peers, default=math.inf) + _ERROR_SLACK,
-        time=lambda present: measure_in_turns(present, repeats, flush=flush),
+        time=lambda present: measure_all(present, repeats, method=method),
         metric="tb_s",
         work=case.unique_bytes,
     )

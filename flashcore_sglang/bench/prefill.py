@@ -13,7 +13,7 @@ from .accuracy import sample, token_error
 from .cases import Heads, PrefillCase
 from .compare import backend, compare, unmeasured
 from .results import Results, Row
-from .timing import Time, measure_in_turns
+from .timing import Method, Time, measure_all
 
 _CHECKED_ROWS = 8  # query tokens compared with fp64
 _COPY_TB_S = 4.2  # read and written by a device-to-device copy on an H200
@@ -85,7 +85,14 @@ def per_head(case: PrefillCase, rows: list[Row]) -> str:
     )
 
 
-def run(results: Results, cases: list[PrefillCase], variants: list[str], with_peers: bool, repeats: int) -> list[str]:
+def run(
+    results: Results,
+    cases: list[PrefillCase],
+    variants: list[str],
+    with_peers: bool,
+    repeats: int,
+    method: Method,
+) -> list[str]:
     """Measures every case that `results` does not have, saving rows as they come.
 
     Returns:
@@ -93,13 +100,15 @@ def run(results: Results, cases: list[PrefillCase], variants: list[str], with_pe
     """
     failures: list[str] = []
     for case in unmeasured(results, cases, variants):
-        failures += _run(results, case, variants, with_peers, repeats)
+        failures += _run(results, case, variants, with_peers, repeats, method)
         if case == _PER_HEAD:
             print(per_head(case, results.rows), flush=True)
     return failures
 
 
-def _run(results: Results, case: PrefillCase, variants: list[str], with_peers: bool, repeats: int) -> list[str]:
+def _run(
+    results: Results, case: PrefillCase, variants: list[str], with_peers: bool, repeats: int, method: Method
+) -> list[str]:
     q, k, v, cache = _inputs(case)
     calls: dict[str, peers.Call | None] = {}
     if with_peers:
@@ -112,13 +121,13 @@ def _run(results: Results, case: PrefillCase, variants: list[str], with_peers: b
         calls,
         error=lambda out: max_error(case, out, q, cache),
         allowed=lambda of_peers: 2 * min(of_peers, default=math.inf),
-        time=lambda present: _time(present, repeats),
+        time=lambda present: _time(present, repeats, method),
         metric="tflops",
         work=case.flops,
     )
 
 
-def _time(calls: Mapping[str, peers.Call], repeats: int) -> dict[str, Time]:
+def _time(calls: Mapping[str, peers.Call], repeats: int, method: Method) -> dict[str, Time]:
     """Eager: prefill is not captured. Long calls are repeated less."""
-    slowest = max(time.median for time in measure_in_turns(calls, 2, graph=False).values())
-    return measure_in_turns(calls, int(max(3, min(repeats, _MAX_REPEATS_US / slowest))), graph=False)
+    slowest = max(time.median for time in measure_all(calls, 2, graph=False).values())
+    return measure_all(calls, int(max(3, min(repeats, _MAX_REPEATS_US / slowest))), graph=False, method=method)

@@ -61,19 +61,19 @@ class Results:
 
     Attributes:
         path: where ``flush`` writes; None: nowhere.
-        l2_flush: how kernels found the L2 emptied, see ``timing``; None where no kernel is timed by itself.
+        method: how kernels were timed, in the words of ``timing.Method``; empty where no kernel is timed by itself.
     """
 
     rows: list[Row] = field(default_factory=list)
     command: str = field(default_factory=lambda: shlex.join(["flashcore", *sys.argv[1:]]))
     path: Path | None = None
-    l2_flush: str | None = None
+    method: dict[str, str] = field(default_factory=dict)
 
     def resume(self) -> None:
         """Takes over the rows that ``path`` has, if it is there: one run in several calls.
 
         Raises:
-            ValueError: they were measured on another machine, with another torch, or with the L2 emptied otherwise.
+            ValueError: they were measured on another machine, with another torch, or by another method.
         """
         if self.path is None or not self.path.exists():
             return
@@ -83,10 +83,11 @@ class Results:
                 f"{self.path}: expected rows of this machine, {host()}, got those of {record['host']}; figures of two "
                 "machines are not compared: name another file"
             )
-        if record.get("l2_flush") != self.l2_flush:
+        method = {word: record[word] for word in ("l2_flush", "order") if word in record}
+        if method != self.method:
             raise ValueError(
-                f"{self.path}: expected rows with l2_flush {self.l2_flush}, got those with {record.get('l2_flush')}; "
-                "figures of the two are not compared: name another file"
+                f"{self.path}: expected rows measured with {self.method}, got those with {method}; figures of the two "
+                "are not compared: name another file"
             )
         self.rows = load(self.path)
         commands = record["command"].split(" && ")
@@ -112,7 +113,7 @@ class Results:
             "command": self.command,
             "host": host(),
             "date": datetime.date.today().isoformat(),
-            **({"l2_flush": self.l2_flush} if self.l2_flush else {}),
+            **self.method,
             "rows": [asdict(row) for row in self.rows],
         }
         path.parent.mkdir(parents=True, exist_ok=True)

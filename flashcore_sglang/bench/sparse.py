@@ -19,7 +19,7 @@ from . import peers
 from .accuracy import sample, token_error
 from .cases import DecodeCase, Heads
 from .results import OURS, Results
-from .timing import measure, measure_in_turns
+from .timing import measure, measure_all
 
 EXACT = f"{OURS}:exact"
 FILLS_PAGE = f"{OURS}:fills_page"
@@ -245,7 +245,7 @@ def run(results: Results, cases: list[SparseCase], with_peers: bool, repeats: in
             problem = problem or check(sparse, exact, table)
         if problem is None:
             calls |= {OURS: sparse.run, EXACT: exact.run}
-            times = measure_in_turns(calls, repeats)
+            times = measure_all(calls, repeats)
             if case.pages_read < case.pages:
                 results.add(case.name, OURS, "select_us", *measure(sparse.select, repeats))
             sparse.plan(table, case.lens("cuda", fills_page=True))

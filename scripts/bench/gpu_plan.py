@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from flashcore_sglang.bench.results import Results
-from flashcore_sglang.bench.timing import measure
+from flashcore_sglang.bench.timing import Method, measure
 from flashcore_sglang.planner import Capacity, Count, Planner, PlannerOptions, make_planner
 
 PAGE_SIZE = 64
@@ -130,7 +130,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file for the results")
     parser.add_argument("--repeats", type=int, default=20)
     options = parser.parse_args()
-    results = Results(command=shlex.join(["python", *sys.argv]), l2_flush="read")
+    results = Results(command=shlex.join(["python", *sys.argv]), method=Method("read", "runs").words)
     for case in CASES:
         run(case, options.repeats, results)
     if options.json:
