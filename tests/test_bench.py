@@ -333,9 +333,9 @@ def test_the_method_is_recorded(arguments: str, method: dict[str, str], monkeypa
     assert [measured.method for measured in made] == [method]
 
 
-def test_readme_tables_are_what_the_result_files_say() -> None:
-    done = subprocess.run([sys.executable, ROOT / "scripts/bench/readme_tables.py", "--check"], check=False)
-    assert done.returncode == 0, "run scripts/bench/readme_tables.py"
+def test_tables_are_what_the_result_files_say() -> None:
+    done = subprocess.run([sys.executable, ROOT / "scripts/bench/tables.py", "--check"], check=False)
+    assert done.returncode == 0, "run scripts/bench/tables.py"
 
 
 @pytest.mark.parametrize("name", ["h200_decode", "h200_prefill"])

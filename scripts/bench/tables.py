@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Writes the README's tables from the result files under scripts/bench/results/.
+"""Writes the tables of the README and of RESULTS.md from the result files under scripts/bench/results/.
 
 A table stands between `<!-- table: FILE METRIC [CASES [OURS/REFERENCE]] -->` and `<!-- end -->`, and is replaced.
 CASES is a regular expression that the names of the cases must match. OURS/REFERENCE (flashcore/fa3 unless given) is the
 ratio of the last column; the reference `best` is each case's best peer.
-`--check` changes nothing and exits 1 where the README differs from what its files say.
+`--check` changes nothing and exits 1 where a document differs from what its files say.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from pathlib import Path
 from flashcore_sglang.bench import results
 
 ROOT = Path(__file__).resolve().parents[2]
-README = ROOT / "README.md"
-RESULTS = ROOT / "scripts" / "bench" / "results"
+BENCH = ROOT / "scripts" / "bench"
+DOCUMENTS = ROOT / "README.md", BENCH / "RESULTS.md"
+RESULTS = BENCH / "results"
 BLOCK = re.compile(r"(<!-- table: (\S+) (\S+)(?: (\S+)(?: (\S+)/(\S+))?)? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -35,7 +36,7 @@ def table(file: str, metric: str, cases: str | None, ours: str | None, reference
 
 
 def render(text: str) -> str:
-    """The README with every table made anew."""
+    """A document with every table made anew."""
     return BLOCK.sub(lambda m: f"{m[1]}{table(*m.groups()[1:6])}{m[7]}", text)
 
 
@@ -44,12 +45,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
-    old = README.read_text()
-    new = render(old)
-    if args.check:
-        return int(old != new)
-    README.write_text(new)
-    return 0
+    differ = False
+    for document in DOCUMENTS:
+        old = document.read_text()
+        new = render(old)
+        differ |= old != new
+        if not args.check:
+            document.write_text(new)
+    return int(args.check and differ)
 
 
 if __name__ == "__main__":
