@@ -350,16 +350,9 @@ def check_page_table(
     Raises:
         ValueError: with the first wrong entry, what was expected and what to do.
     """
-    indptr = kv_indptr.cpu().long()
-    lengths = indptr.diff()
-    if indptr[0] != 0 or bool((lengths < 0).any()):
-        raise ValueError(f"kv_indptr: expected 0, then numbers that never fall, got {indptr.tolist()}; rebuild it")
-    if indptr[-1] > kv_indices.numel():
-        raise ValueError(
-            f"kv_indices: expected at least kv_indptr[-1] = {int(indptr[-1])} page ids, got {kv_indices.numel()}; "
-            "rebuild it"
-        )
-    pages = kv_indices[: int(indptr[-1])].cpu()
+    begins = kv_indptr.cpu()
+    check_lengths(begins, kv_indices.numel(), last_page_len.cpu(), page_size)
+    pages = kv_indices[: int(begins[-1])].cpu()
     wrong = ((pages < 0) | (pages >= num_pages)).nonzero()
     if wrong.numel():
         at = int(wrong[0])
@@ -367,9 +360,26 @@ def check_page_table(
             f"kv_indices[{at}]: expected a page id in 0..{num_pages - 1}, got {int(pages[at])}; "
             "pass the cache that the page table was made for"
         )
-    last = last_page_len.cpu().long()
+
+
+def check_indptr(name: str, indptr: torch.Tensor) -> None:
+    """Raises ValueError where ``indptr`` ``[batch + 1]`` on the host does not begin with 0, or falls."""
+    if indptr[0] != 0 or bool((indptr.diff() < 0).any()):
+        raise ValueError(f"{name}: expected 0, then numbers that never fall, got {indptr.tolist()}; rebuild it")
+
+
+def check_lengths(kv_indptr: torch.Tensor, num_indices: int, last_page_len: torch.Tensor, page_size: int) -> None:
+    """What ``check_page_table`` asks of a page table besides its page ids; the tensors are on the host."""
+    check_indptr("kv_indptr", kv_indptr)
+    if kv_indptr[-1] > num_indices:
+        raise ValueError(
+            f"kv_indices: expected at least kv_indptr[-1] = {int(kv_indptr[-1])} page ids, got {num_indices}; "
+            "rebuild it"
+        )
     # A request without pages has no keys, however it spells the length of its last page.
-    wrong = ((lengths > 0) & ((last < 1) | (last > page_size))).nonzero()
+    wrong = ((kv_indptr.diff() > 0) & ((last_page_len < 1) | (last_page_len > page_size))).nonzero()
     if wrong.numel():
         at = int(wrong[0])
-        raise ValueError(f"last_page_len[{at}]: expected 1..{page_size} keys, got {int(last[at])}; rebuild the table")
+        raise ValueError(
+            f"last_page_len[{at}]: expected 1..{page_size} keys, got {int(last_page_len[at])}; rebuild the table"
+        )

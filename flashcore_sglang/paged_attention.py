@@ -138,10 +138,15 @@ class PagedAttention:
             )
         if policy.upper() not in Policy.__members__:
             raise ValueError(f"policy: expected exact, window or topk, got {policy!r}")
-        batch = _check_indices(qo_indptr, kv_indptr, kv_indices, kv_last_page_len)
-        query_begins = qo_indptr.cpu()
+        if page_size < 1:
+            raise ValueError(f"page_size: expected at least 1, got {page_size}; pass the number of keys in a page")
+        batch = _check_shapes(qo_indptr, kv_indptr, kv_indices, kv_last_page_len)
+        query_begins, page_begins = qo_indptr.cpu(), kv_indptr.cpu()
+        last_page_len = kv_last_page_len.cpu()
+        ops.check_indptr("qo_indptr", query_begins)
+        ops.check_lengths(page_begins, kv_indices.numel(), last_page_len, page_size)
         decode = bool((query_begins.diff() == 1).all())
-        pages = kv_indices[: int(kv_indptr[-1])]
+        pages = kv_indices[: int(page_begins[-1])]
         low, high = (int(bound) for bound in pages.aminmax()) if pages.numel() else (0, -1)
         if low < 0:
             raise ValueError(f"kv_indices: expected page ids of at least 0, got {low}; rebuild the page table")
@@ -175,7 +180,7 @@ class PagedAttention:
         if layout.choice.variant.name == "cublaslt" and settings.num_tokens > 0:
             heads = num_qo_heads, num_kv_heads, head_dim
             like = cublaslt.layer_shape(*heads, q_data_type, causal=causal, scores=self._config.cublaslt_scores)
-            kv_lens = _kv_lens(kv_indptr, kv_last_page_len, page_size)
+            kv_lens = _kv_lens(page_begins, last_page_len, page_size)
             settings = replace(settings, runs=cublaslt.split(query_begins.diff().tolist(), kv_lens, like))
         if self._captured and (layout, settings) != (self._layout, self._settings):
             raise ValueError(
@@ -183,8 +188,6 @@ class PagedAttention:
                 f"{layout}, {settings} after {self._layout}, {self._settings}; use another PagedAttention, with "
                 "max_batch, max_tokens and max_pages"
             )
-        if self._config.check:
-            ops.check_page_table(kv_indptr, kv_indices, kv_last_page_len, page_size, high + 1)
         if layout != self._layout:
             self._allocate(layout)
         for run in settings.runs:
@@ -230,7 +233,7 @@ class PagedAttention:
         layout, settings = self._layout, self._settings
         if layout is None or settings is None:
             raise RuntimeError("PagedAttention.run: expected a plan, got none; call plan() first")
-        k_cache, v_cache = kv_cache.unbind(1) if isinstance(kv_cache, torch.Tensor) else kv_cache
+        k_cache, v_cache = _key_and_value(kv_cache)
         n, capacity = settings.num_tokens, layout.capacity
         self._check("q", q, layout.dtype, (n, layout.num_qo_heads, layout.head_dim))
         for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
@@ -349,7 +352,24 @@ class PagedAttention:
                 )
 
 
-def _check_indices(
+def _key_and_value(kv_cache: torch.Tensor | tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two caches, from one tensor or a pair."""
+    if not isinstance(kv_cache, torch.Tensor):
+        if len(kv_cache) == 2:
+            return kv_cache
+        came = f"{len(kv_cache)} tensors"
+    elif kv_cache.dim() == 5 and kv_cache.shape[1] == 2:
+        k_cache, v_cache = kv_cache.unbind(1)
+        return k_cache, v_cache
+    else:
+        came = f"one of shape {list(kv_cache.shape)}"
+    raise ValueError(
+        f"kv_cache: expected (k_cache, v_cache) or one tensor [pages, 2, page_size, kv_heads, head_dim], got {came}; "
+        "pass a pair"
+    )
+
+
+def _check_shapes(
     qo_indptr: torch.Tensor, kv_indptr: torch.Tensor, kv_indices: torch.Tensor, kv_last_page_len: torch.Tensor
 ) -> int:
     """The batch size, when the index tensors agree on one."""
@@ -366,18 +386,13 @@ def _check_indices(
                 f"{name}: expected int32 [{size}] beside kv_last_page_len [{batch}], got {tensor.dtype} "
                 f"{list(tensor.shape)}; rebuild the page table"
             )
-    if kv_indices.numel() < int(kv_indptr[-1]):
-        raise ValueError(
-            f"kv_indices: expected at least kv_indptr[-1] = {int(kv_indptr[-1])} page ids, got {kv_indices.numel()}; "
-            "rebuild the page table"
-        )
     return batch
 
 
 def _kv_lens(kv_indptr: torch.Tensor, last_page_len: torch.Tensor, page_size: int) -> list[int]:
     """Keys of each request."""
     pages = kv_indptr.diff()
-    keys: list[int] = (pages.sub(1).mul(page_size) + last_page_len.to(pages.device)).where(pages > 0, 0).tolist()
+    keys: list[int] = (pages.sub(1).mul(page_size) + last_page_len).where(pages > 0, 0).tolist()
     return keys
 
 

@@ -185,6 +185,17 @@ def test_tensors_that_disagree_with_the_plan(change: dict[str, torch.Tensor], me
         run(attention, replace(problem, **change))
 
 
+def test_a_cache_that_is_no_pair() -> None:
+    problem = make(decode("pair", 40, 50))
+    attention = PagedAttention(device="cpu")
+    plan(attention, problem)
+    expected = r"kv_cache: expected \(k_cache, v_cache\) or one tensor \[pages, 2, .*, got "
+    with pytest.raises(ValueError, match=expected + r"one of shape \[\d+, 16, 2, 64\]; "):
+        attention.run(problem.q, problem.k_cache)
+    with pytest.raises(ValueError, match=expected + "3 tensors; "):
+        attention.run(problem.q, (problem.k_cache, problem.v_cache, problem.v_cache))  # type: ignore[arg-type]
+
+
 def test_pages_outside_of_the_cache() -> None:
     problem = make(decode("pages", 40, 50))
     attention = PagedAttention(device="cpu")
@@ -194,16 +205,26 @@ def test_pages_outside_of_the_cache() -> None:
         run(attention, few)
 
 
-def test_checked_page_tables(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FLASHCORE_CHECK", "1")
-    problem = make(decode("check", 40, 50))
-    attention = PagedAttention(device="cpu")
-    with pytest.raises(ValueError, match=r"last_page_len\[1\]: expected 1..16 keys, got 17"):
-        plan(attention, replace(problem, last_page_len=torch.tensor([8, 17], dtype=torch.int32)))
-    with pytest.raises(ValueError, match="kv_indptr: expected 0, then numbers that never fall"):
-        plan(attention, replace(problem, kv_indptr=torch.tensor([0, 8, 7], dtype=torch.int32)))
-    with pytest.raises(ValueError, match="kv_indices: expected page ids of at least 0, got -1"):
-        plan(attention, replace(problem, kv_indices=problem.kv_indices * 0 - 1))
+WRONG_TABLES = (
+    ("qo_indptr", [0, 50, 2], "qo_indptr: expected 0, then numbers that never fall, got [0, 50, 2]"),
+    ("qo_indptr", [0, -5, 2], "qo_indptr: expected 0, then numbers that never fall"),
+    ("qo_indptr", [1, 2, 3], "qo_indptr: expected 0, then"),
+    ("kv_indptr", [0, 8, 7], "kv_indptr: expected 0, then numbers that never fall"),
+    ("kv_indptr", [3, 3, 7], "kv_indptr: expected 0, then"),
+    ("kv_indptr", [0, 3, 8], "kv_indices: expected at least kv_indptr[-1] = 8 page ids, got 7"),
+    ("last_page_len", [8, 17], "last_page_len[1]: expected 1..16 keys, got 17"),
+    ("last_page_len", [0, 2], "last_page_len[0]: expected 1..16 keys, got 0"),
+    ("kv_indices", [-1] * 7, "kv_indices: expected page ids of at least 0, got -1"),
+)
+
+
+@pytest.mark.parametrize("field, values, message", WRONG_TABLES, ids=lambda value: str(value)[:24])
+def test_wrong_page_tables(field: str, values: list[int], message: str) -> None:
+    """A kernel would read or write outside of its tensors with any of them."""
+    problem = make(decode("wrong table", 40, 50))
+    changed = replace(problem, **{field: torch.tensor(values, dtype=torch.int32)})
+    with pytest.raises(ValueError, match=re.escape(message) + ".*; "):
+        plan(PagedAttention(device="cpu"), changed)
 
 
 def test_refusals() -> None:
@@ -220,6 +241,8 @@ def test_refusals() -> None:
         plan(attention, problem, kv_data_type=torch.float16)
     with pytest.raises(variants.UnsupportedError, match="wmma_sm80"):
         plan(attention, problem, variant="wmma_sm80")
+    with pytest.raises(ValueError, match=r"page_size: expected at least 1, got 0; "):
+        plan(attention, replace(problem, case=replace(problem.case, page_size=0)))
     with pytest.raises(ValueError, match="qo_indptr: expected int32"):
         plan(attention, replace(problem, qo_indptr=problem.qo_indptr.long()))
 
