@@ -10,10 +10,10 @@ import difflib
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
@@ -80,6 +80,15 @@ class Config(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return init_settings, env_settings, ConfigFile(settings_cls)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML's true and false where they are not asked for; pydantic would take them for 1 and 0."""
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and bool not in (annotation, *get_args(annotation)):
+            raise ValueError("true or false")
+        return value
 
     @model_validator(mode="after")
     def _budget_exceeds_what_is_forced(self) -> Config:
@@ -214,7 +223,12 @@ def _words(schema: dict[str, Any]) -> str:
     if schema["type"] == "boolean":
         return "true or false"
     text = {"integer": "a whole number", "number": "a number"}[schema["type"]]
-    limits = {"minimum": "at least", "maximum": "at most", "multipleOf": "a multiple of"}
+    limits = {
+        "minimum": "at least",
+        "exclusiveMinimum": "more than",
+        "maximum": "at most",
+        "multipleOf": "a multiple of",
+    }
     bounds = [f"{words} {schema[key]:g}" for key, words in limits.items() if key in schema]
     return ", ".join([text, *bounds])
 

@@ -51,18 +51,28 @@ def toolchain() -> Iterator[Check]:
         if path is None:
             yield Check(f"toolchain {tool}", "skip", f"not on PATH; only a build of {needed_for} from source needs it")
             continue
-        run = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20)
-        found = re.search(r"(?:release |version )?(\d+\.\d+(?:\.\d+)?)", run.stdout)
-        if run.returncode or not found:
-            reason = (run.stderr or run.stdout).strip().splitlines() or ["no output"]
+        version, failure = _version_of(path)
+        if failure:
             fix = f"install {tool} again, or take it off PATH"
-            yield Check(f"toolchain {tool}", "warn", f"{path} --version: exit {run.returncode}, {reason[0]}", fix)
-        elif tool == "nvcc" and int(found[1].split(".")[0]) < 13:
-            yield Check(
-                "toolchain nvcc", "warn", f"{found[1]} ({path})", "install the CUDA toolkit 13 to build from source"
-            )
+            yield Check(f"toolchain {tool}", "warn", f"{path} --version: {failure}", fix)
+        elif tool == "nvcc" and int(version.split(".")[0]) < 13:
+            fix = "install the CUDA toolkit 13 to build from source"
+            yield Check("toolchain nvcc", "warn", f"{version} ({path})", fix)
         else:
-            yield Check(f"toolchain {tool}", "ok", f"{found[1]} ({path})")
+            yield Check(f"toolchain {tool}", "ok", f"{version} ({path})")
+
+
+def _version_of(program: str) -> tuple[str, str]:
+    """What a program says its version is, or why it does not."""
+    try:
+        run = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return "", str(error)
+    found = re.search(r"(?:release |version )?(\d+\.\d+(?:\.\d+)?)", run.stdout)
+    if run.returncode == 0 and found:
+        return found[1], ""
+    said = (run.stderr or run.stdout).strip().splitlines() or ["no output"]
+    return "", f"exit {run.returncode}, {said[0]}"
 
 
 def stub_libraries() -> Iterator[Check]:

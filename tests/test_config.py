@@ -108,6 +108,13 @@ MISTAKES = [
     Mistake(
         "multiple", "expected a whole number, at least 64, a multiple of 64, got '100'", {"FLASHCORE_SPLIT_KEYS": "100"}
     ),
+    Mistake("zero", "top_p: expected a number, more than 0, at most 1, got 0", file="top_p: 0"),
+    Mistake(
+        "true for a number",
+        "page_size: expected a whole number, at least 1, at most 1024, got True",
+        file="page_size: yes",
+    ),
+    Mistake("false for a number", "top_p: expected a number, more than 0, at most 1, got False", file="top_p: false"),
     Mistake("negative", "sink_tokens: expected a whole number, at least 0, got -1", file="sink_tokens: -1"),
     Mistake(
         "not a number",

@@ -191,11 +191,16 @@ def test_toolchain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program(tmp_path, "g++", "echo 'g++ (Debian) 12.2.0'")
     program(tmp_path, "cmake", "echo 'libssl.so: cannot open' >&2; exit 127")
     monkeypatch.setenv("PATH", str(tmp_path))
+    (tmp_path / "ninja").write_bytes(b"\x7fELF cut off")
+    (tmp_path / "ninja").chmod(0o755)
     nvcc, gxx, cmake, ninja = probes.toolchain()
     assert (nvcc.status, nvcc.fix) == ("warn", "install the CUDA toolkit 13 to build from source")
     assert (gxx.status, gxx.detail) == ("ok", f"12.2.0 ({tmp_path}/g++)")
     assert (cmake.status, cmake.detail) == ("warn", f"{tmp_path}/cmake --version: exit 127, libssl.so: cannot open")
-    assert ninja.status == "skip"
+    assert (ninja.status, ninja.fix) == ("warn", "install ninja again, or take it off PATH")
+    assert "Exec format error" in ninja.detail
+    monkeypatch.setenv("PATH", "")
+    assert {check.status for check in probes.toolchain()} == {"skip"}
 
 
 def test_stub_libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
