@@ -212,15 +212,11 @@ class FlashcoreBackend(AttentionBackend):
         window = _window(layer)
 
         if save_kv_cache and k is not None and v is not None:
-            self.token_to_kv_pool.set_kv_buffer(
-                layer,
-                forward_batch.out_cache_loc,
-                k.view(-1, self.num_kv_heads, self.head_dim),
-                v.view(-1, self.num_kv_heads, self.head_dim),
-            )
+            keys, values = (self._heads(tensor, self.num_kv_heads) for tensor in (k, v))
+            self.token_to_kv_pool.set_kv_buffer(layer, forward_batch.out_cache_loc, keys, values)
         k_cache = self._paged(self.token_to_kv_pool.get_key_buffer(layer.layer_id))
         v_cache = self._paged(self.token_to_kv_pool.get_value_buffer(layer.layer_id))
-        queries = q.reshape(-1, self.num_qo_heads, self.head_dim)
+        queries = self._heads(q, self.num_qo_heads)
         out = self._output(queries, forward_batch)
 
         phase.after_store(window, layer.layer_id, k_cache)
@@ -238,6 +234,11 @@ class FlashcoreBackend(AttentionBackend):
             logits_soft_cap=layer.logit_cap,
         )
         return out.view(-1, self.num_qo_heads * self.head_dim)
+
+    def _heads(self, tensor: torch.Tensor, num_heads: int) -> torch.Tensor:
+        """``[tokens, heads * head_dim]`` by heads; a copy only where the channels of a head do not lie side by side."""
+        heads = tensor.reshape(-1, num_heads, self.head_dim)
+        return heads if heads.stride(-1) == 1 else heads.contiguous()
 
     def _paged(self, buffer: torch.Tensor) -> torch.Tensor:
         """``[slots, kv_heads, head_dim]`` as ``[pages, page_size, kv_heads, head_dim]``."""

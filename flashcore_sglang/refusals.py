@@ -137,6 +137,16 @@ SERVER_RULES = (
     ),
     Rule("a KV cache of", lambda s: str(s.pool.dtype) not in KV_DTYPES and str(s.pool.dtype), "--kv-cache-dtype auto"),
     Rule(
+        "a KV cache of another dtype than the model's:",
+        lambda s: s.pool.dtype != s.runner.dtype and f"{s.pool.dtype} for {s.runner.dtype}",
+        "--kv-cache-dtype auto",
+    ),
+    Rule(
+        "--enable-torch-compile without a GPU",
+        lambda s: s.arg("enable_torch_compile") and not str(s.runner.device).startswith("cuda"),
+        "no --enable-torch-compile",
+    ),
+    Rule(
         "V heads of another size than K heads, in the KV pool:",
         lambda s: s.pool.v_head_dim != s.pool.head_dim and s.pool.v_head_dim,
         OTHER_BACKEND,

@@ -152,6 +152,7 @@ def make_server(
     backends: tuple[str, str] = (plugin.BACKEND, plugin.BACKEND),
     hf_config: Any = None,
     device: str = "cuda",
+    dtype: torch.dtype | None = None,
     mla: bool = False,
     encoder_decoder: bool = False,
     **args: Any,
@@ -159,6 +160,7 @@ def make_server(
     model = SimpleNamespace(is_encoder_decoder=encoder_decoder, hf_config=hf_config or SimpleNamespace())
     runner = SimpleNamespace(
         device=device,
+        dtype=dtype or (pool or make_pool()).dtype,
         use_mla_backend=mla,
         model_config=model,
         token_to_kv_pool_allocator=allocator or PagedTokenToKVPoolAllocator(),
@@ -229,6 +231,18 @@ SERVERS = (
     Refused("swa", lambda: make_server(pool=make_pool(SWAKVPool)), "(SWAKVPool)", "--disable-hybrid-swa-memory"),
     Refused("fp4", lambda: make_server(pool=make_pool(MHATokenToKVPoolFP4)), "quantised", "--kv-cache-dtype auto"),
     Refused("hybrid", lambda: make_server(pool=make_pool(HybridLinearKVPool)), "hybrid models", "fa3"),
+    Refused(
+        "other-dtype",
+        lambda: make_server(dtype=torch.float16),
+        "of another dtype than the model's: torch.bfloat16 for torch.float16",
+        "--kv-cache-dtype auto",
+    ),
+    Refused(
+        "cpu-compile",
+        lambda: make_server(device="cpu", enable_torch_compile=True),
+        "--enable-torch-compile without a GPU",
+        "no --enable-torch-compile",
+    ),
     Refused("hnd", lambda: make_server(pool=make_pool(kv_cache_layout="hnd")), "NHD (hnd)", "SGLANG_USE_HND_KVCACHE=0"),
     Refused(
         "fp8", lambda: make_server(pool=make_pool(dtype=torch.float8_e4m3fn)), "torch.float8_e4m3fn", "--kv-cache-dtype"

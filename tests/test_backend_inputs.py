@@ -1,0 +1,195 @@
+"""What layers and batches bring: strided q, k and v, keys that the model has stored, every mask and shape at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("sglang")
+
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
+from sglang.test.kits.attention_unittest.attention_methods import dense_attention as sglang_kit
+
+from flashcore_sglang import reference
+from flashcore_sglang.plugin import BACKEND, create_backend, register
+
+TOLERANCE = 1e-5  # fp32: the same sums in another order
+CONTEXT = 320  # a multiple of every page size
+DECODE = {"forward_mode": ForwardMode.DECODE, "prefix_lens": (0, 63, 130, 299)}
+EXTEND = {"forward_mode": ForwardMode.EXTEND, "prefix_lens": (0, 63, 130, 250), "extend_lens": (40, 1, 0, 70)}
+MIXED = {"forward_mode": ForwardMode.MIXED, "prefix_lens": (60, 0, 130, 299), "extend_lens": (30, 70, 1, 1)}
+BATCHES = {"decode": DECODE, "graph": DECODE, "extend": EXTEND, "mixed": MIXED}
+
+
+@dataclass(frozen=True)
+class Shape:
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    page_size: int
+    window: int = -1
+    cap: float = 0.0
+
+    def __str__(self) -> str:
+        masks = f"w{self.window}-cap{self.cap}"
+        return f"h{self.num_heads}-kv{self.num_kv_heads}-d{self.head_dim}-p{self.page_size}-{masks}"
+
+
+SHAPES = (
+    Shape(8, 1, 64, 1, window=50, cap=3.0),
+    Shape(16, 1, 96, 5, window=63),
+    Shape(10, 2, 256, 5, cap=5.0),
+    Shape(12, 2, 128, 8, window=7, cap=2.0),
+    Shape(14, 2, 96, 8),
+    Shape(4, 4, 256, 16, window=100, cap=4.0),
+    Shape(7, 1, 64, 64, window=0),
+)
+
+
+def contiguous(tokens: int, widths: list[int]) -> list[torch.Tensor]:
+    return [torch.randn(tokens, width) for width in widths]
+
+
+def fused(tokens: int, widths: list[int]) -> list[torch.Tensor]:
+    """Slices of one projection, as Llama's and Qwen's."""
+    return list(torch.randn(tokens, sum(widths)).split(widths, dim=1))
+
+
+def transposed(tokens: int, widths: list[int]) -> list[torch.Tensor]:
+    """The channels of a head lie apart."""
+    return [torch.randn(width, tokens).t() for width in widths]
+
+
+CASES = [(shape, fused) for shape in SHAPES] + [(SHAPES[0], contiguous), (SHAPES[3], transposed)]
+
+
+@pytest.fixture(autouse=True)
+def _backend() -> Iterator[None]:
+    register()
+    with torch.no_grad():
+        yield
+
+
+def make_fixture(shape: Shape, batch: str) -> Any:
+    """SGLang's runner, pools and batch; the backend of a model with one layer of ``shape``; a pool full of NaN."""
+    case = sglang_kit.DenseAttentionCase(
+        name=batch,
+        backend=BACKEND,
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        page_size=shape.page_size,
+        **BATCHES[batch],  # type: ignore[arg-type]
+    )
+    fixture = sglang_kit.build_dense_attention_fixture(
+        SimpleNamespace(skipTest=pytest.fail),
+        case,
+        head_dim=shape.head_dim,
+        max_context_len=CONTEXT,
+        dtype=torch.float32,
+        device="cpu",
+    )
+    layer = fixture.actual_module.attn
+    layer.sliding_window_size, layer.logit_cap = shape.window, shape.cap
+    fixture.runner.model = fixture.actual_module
+    fixture.backend = create_backend(fixture.runner)
+    pool = fixture.runner.token_to_kv_pool
+    pool.k_buffer[0].fill_(torch.nan)
+    pool.v_buffer[0].fill_(torch.nan)
+    return fixture
+
+
+def slots_of(fixture: Any) -> list[torch.Tensor]:
+    """Pool slots of the tokens of each request."""
+    table = fixture.runner.req_to_token_pool.req_to_token
+    return [table[request, :n].long() for request, n in enumerate(fixture.case.seq_lens)]
+
+
+def expected(fixture: Any, shape: Shape, q: torch.Tensor) -> torch.Tensor:
+    """The truth over the pool as it is, token by token: no page table is involved."""
+    pool = fixture.runner.token_to_kv_pool
+    k_cache, v_cache = (buffer[0].double().unsqueeze(1) for buffer in (pool.k_buffer, pool.v_buffer))
+    lens = torch.tensor([fixture.case.input_lens, fixture.case.seq_lens])
+    qo_indptr, kv_indptr = torch.nn.functional.pad(lens.cumsum(1), (1, 0))
+    out, _ = reference.paged_attention(
+        q.reshape(-1, shape.num_heads, shape.head_dim).double(),
+        k_cache,
+        v_cache,
+        qo_indptr,
+        kv_indptr,
+        torch.cat(slots_of(fixture)),
+        torch.ones(len(fixture.case.seq_lens), dtype=torch.int32),
+        causal=True,
+        window_left=shape.window,
+        logits_soft_cap=shape.cap,
+    )
+    return out.flatten(1).float()
+
+
+def plan(fixture: Any, batch: str, padded: int) -> None:
+    """Eagerly, or as before the replay of a graph for ``padded`` requests."""
+    backend, forward_batch = fixture.backend, fixture.forward_batch
+    if batch != "graph":
+        backend.init_forward_metadata(forward_batch)
+        return
+    more = padded - forward_batch.batch_size
+    backend.init_cuda_graph_state(padded, padded)
+    backend.init_forward_metadata_out_graph(
+        SimpleNamespace(
+            forward_mode=forward_batch.forward_mode,
+            req_pool_indices=torch.nn.functional.pad(forward_batch.req_pool_indices, (0, more)),
+            seq_lens=torch.nn.functional.pad(
+                forward_batch.seq_lens, (0, more), value=backend.get_cuda_graph_seq_len_fill_value()
+            ),
+            seq_lens_cpu=None,
+        )
+    )
+
+
+@pytest.mark.parametrize("saves", [True, False], ids=["saves", "saved"])
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("shape, layout", CASES, ids=lambda value: value.__name__ if callable(value) else str(value))
+def test_against_the_truth(
+    shape: Shape, layout: Callable[[int, list[int]], list[torch.Tensor]], batch: str, saves: bool
+) -> None:
+    """With ``save_kv_cache=False`` the model has stored K and V: what else it passes must not be read."""
+    fixture = make_fixture(shape, batch)
+    pool, forward_batch = fixture.runner.token_to_kv_pool, fixture.forward_batch
+    present = torch.cat(slots_of(fixture))
+    for buffer in (pool.k_buffer[0], pool.v_buffer[0]):
+        buffer[present] = torch.randn(len(present), shape.num_kv_heads, shape.head_dim)
+    tokens = padded = fixture.case.num_input_tokens
+    if batch == "graph":
+        padded += 2
+        forward_batch.out_cache_loc = torch.nn.functional.pad(forward_batch.out_cache_loc, (0, 2))  # the dummy page
+    kv_width = shape.num_kv_heads * shape.head_dim
+    q, k, v = layout(padded, [shape.num_heads * shape.head_dim, kv_width, kv_width])
+    if not saves:
+        k, v = k.clone().fill_(torch.nan), v.clone().fill_(torch.nan)
+
+    plan(fixture, batch, padded)
+    forward = fixture.backend.forward_decode if batch in ("decode", "graph") else fixture.backend.forward_extend
+    out = forward(q, k, v, fixture.actual_module.attn, forward_batch, save_kv_cache=saves)
+
+    assert out.shape == q.shape
+    assert out[:tokens].isfinite().all()
+    if saves:
+        stored = pool.k_buffer[0][forward_batch.out_cache_loc[:tokens]]
+        assert torch.equal(stored.flatten(1), k[:tokens])
+    truth = expected(fixture, shape, q[:tokens])
+    torch.testing.assert_close(out[:tokens], truth, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def test_an_idle_batch_has_an_empty_output() -> None:
+    """What a rank without requests runs, between batches of others."""
+    shape = SHAPES[0]
+    fixture = make_fixture(shape, "decode")
+    widths = [shape.num_heads * shape.head_dim, shape.head_dim, shape.head_dim]
+    idle = SimpleNamespace(forward_mode=ForwardMode.IDLE)
+    fixture.backend.init_forward_metadata(idle)
+    out = fixture.backend.forward(*contiguous(0, widths), fixture.actual_module.attn, idle)
+    assert out.shape == (0, widths[0])
