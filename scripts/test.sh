@@ -24,5 +24,5 @@ say "Server tests, SGLang 0.5.17"
 TORCH_PYTHON=$PWD/.venv/bin/python make_environment .venv-newest 0.5.23 '[test]'
 
 say "What depends on SGLang and torch, SGLang 0.5.23"
-.venv-newest/bin/pytest tests/test_abi.py tests/test_package.py tests/test_plugin.py tests/test_backend_kit.py \
+.venv-newest/bin/pytest tests/test_{abi,package,plugin,backend_kit,backend_inputs,paged_attention}.py \
   tests/server/test_{serving,policies,sliding_window,configurations}.py
