@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import torch
 
 from flashcore_sglang import bench, reference
 from flashcore_sglang.bench import compare, decode, e2e, plot, prefill, results, sparse, timing
-from flashcore_sglang.bench.accuracy import sample, token_error
+from flashcore_sglang.bench.accuracy import Error, overall, sample, token_error
 from flashcore_sglang.bench.cases import DECODE_SUITES, PREFILL_SUITES, DecodeCase, Heads, PrefillCase
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -94,7 +95,7 @@ def test_what_is_off_by_more_than_the_peers_is_not_timed() -> None:
         made,
         "decode/x",
         {name: None if off is None else partial(torch.tensor, off) for name, off in calls.items()},
-        error=torch.Tensor.item,
+        error=lambda out: Error(out.item(), out.item() / 2),
         allowed=lambda of_peers: 3 * max(of_peers),
         time=lambda present: dict.fromkeys(present, timing.Time(2.0, 0.5)),
         metric="tb_s",
@@ -104,7 +105,12 @@ def test_what_is_off_by_more_than_the_peers_is_not_timed() -> None:
     assert {(row.backend, row.metric): (row.value, row.spread) for row in made.rows} == {
         (name, metric): value
         for name, off in (("fa3", 1.0), ("flashcore", 3.0))
-        for metric, value in (("time_us", (2.0, 0.5)), ("tb_s", (3.0, 0.0)), ("max_error", (off, 0.0)))
+        for metric, value in (
+            ("time_us", (2.0, 0.5)),
+            ("tb_s", (3.0, 0.0)),
+            ("max_error", (off, 0.0)),
+            ("rms_error", (off / 2, 0.0)),
+        )
     }
 
 
@@ -251,7 +257,10 @@ def test_the_error_line_is_the_worst_case() -> None:
     rows += [results.Row(case, "fa3", "max_error", fa3) for case, (_, fa3) in errors.items() if fa3]
     line = results.error_line(rows)
     assert "flashcore 3.0e-04, FA3 2.0e-04" in line
-    assert "at most 1.50 times FA3's (b)" in line
+    assert line.endswith("it is at most 1.50 times FA3's (b).")
+    rms = [replace(row, metric="rms_error", value=row.value / 2) for row in rows]
+    line = results.error_line([*rows, *rms])
+    assert line.endswith("it is at most 1.50 times FA3's (b), its root mean square is at most 1.50 times FA3's (b).")
     assert results.error_line([row for row in rows if row.backend == "flashcore"]) == ""
 
 
@@ -436,10 +445,13 @@ def test_errors_are_found_and_nan_is_infinite() -> None:
     table = torch.tensor([0, 1]), torch.tensor([0, 3]), pages, torch.tensor([7])
     out, _ = reference.paged_attention(q, k, v, *table)
     visible = 2 * 16 + 7
-    assert token_error(out[0], q[0], k, v, pages, visible) < 1e-12
+    right = token_error(out[0], q[0], k, v, pages, visible)
+    assert right.largest < 1e-12
+    assert right.rms <= right.largest
     out[0, 5, 3] += 0.25
-    assert token_error(out[0], q[0], k, v, pages, visible) == pytest.approx(0.25)
+    assert token_error(out[0], q[0], k, v, pages, visible) == pytest.approx((0.25, 0.25 / math.sqrt(8 * 64)))
     out[0, 5, 3] = torch.nan
-    assert token_error(out[0], q[0], k, v, pages, visible) == float("inf")
+    assert token_error(out[0], q[0], k, v, pages, visible) == (math.inf, math.inf)
+    assert overall([Error(3.0, 0.3), Error(4.0, 0.4)]) == pytest.approx((4.0, 0.25 * math.sqrt(2)))
     assert sample(100, 3) == [0, 49, 99]
     assert sample(2, 4) == [0, 1]

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import torch
 
+from .accuracy import Error
 from .cases import DecodeCase, PrefillCase
 from .peers import Call
 from .results import OURS, Results, is_ours
@@ -35,7 +36,7 @@ def compare(
     case: str,
     calls: Mapping[str, Call | None],
     *,
-    error: Callable[[torch.Tensor], float],
+    error: Callable[[torch.Tensor], Error],
     allowed: Callable[[list[float]], float],
     time: Callable[[Mapping[str, Call]], Mapping[str, Time]],
     metric: str,
@@ -47,8 +48,8 @@ def compare(
         results: where the rows go.
         case: its name.
         calls: by backend; None for a peer that is missing or cannot.
-        error: largest absolute difference to fp64 of a call's output ``[tokens, heads, head_dim]``.
-        allowed: the largest error of ours that is right beside those of the peers, of which there may be none.
+        error: distance to fp64 of a call's output ``[tokens, heads, head_dim]``.
+        allowed: the largest difference of ours that is right beside those of the peers, of which there may be none.
         time: microseconds of calls.
         metric: ``tb_s`` or ``tflops``, a row beside ``time_us``.
         work: bytes or operations, for it.
@@ -58,9 +59,9 @@ def compare(
     """
     present = {name: call for name, call in calls.items() if call is not None}
     errors = {name: error(call()) for name, call in present.items()}
-    limit = allowed([value for name, value in errors.items() if not is_ours(name)])
-    wrong = [name for name in present if is_ours(name) and errors[name] > limit]
-    failures = [f"{case}: {name} is off fp64 by {errors[name]:.2e}, allowed are {limit:.2e}" for name in wrong]
+    limit = allowed([value.largest for name, value in errors.items() if not is_ours(name)])
+    wrong = [name for name in present if is_ours(name) and errors[name].largest > limit]
+    failures = [f"{case}: {name} is off fp64 by {errors[name].largest:.2e}, allowed are {limit:.2e}" for name in wrong]
     for failure in failures:
         print(failure, flush=True)
     shown = {}
@@ -68,7 +69,8 @@ def compare(
         speed = work / taken.median / 1e6
         results.add(case, name, "time_us", *taken)
         results.add(case, name, metric, speed)
-        results.add(case, name, "max_error", errors[name])
+        results.add(case, name, "max_error", errors[name].largest)
+        results.add(case, name, "rms_error", errors[name].rms)
         shown[name] = f"{taken.median:.1f} us, {speed:.4g} {metric}"
     results.flush()
     print(case, shown, flush=True)

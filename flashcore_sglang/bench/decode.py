@@ -8,7 +8,7 @@ import torch
 
 from .. import PagedAttention
 from . import peers
-from .accuracy import sample, token_error
+from .accuracy import Error, overall, sample, token_error
 from .cases import DecodeCase
 from .compare import backend, compare, unmeasured
 from .results import Results
@@ -49,7 +49,7 @@ def flashcore_call(
     return lambda: attention.run(q, (k, v), out=out)
 
 
-def max_error(
+def error(
     case: DecodeCase,
     out: torch.Tensor,
     q: torch.Tensor,
@@ -57,9 +57,9 @@ def max_error(
     v: torch.Tensor,
     table: torch.Tensor,
     lens: torch.Tensor,
-) -> float:
-    """Largest absolute difference of ``out``, like q, to fp64 over a few requests; NaN is infinite."""
-    return max(
+) -> Error:
+    """Distance of ``out``, like q, to fp64 over a few requests."""
+    return overall(
         token_error(out[row], q[row], k, v, table[row, : -(-int(lens[row]) // case.page_size)], int(lens[row]))
         for row in sample(case.batch, _CHECKED)
     )
@@ -101,7 +101,7 @@ def _run(
         results,
         case.name,
         calls,
-        error=lambda out: max_error(case, out, q, k, v, table, lens),
+        error=lambda out: error(case, out, q, k, v, table, lens),
         allowed=lambda of_peers: max(of_peers, default=math.inf) + _ERROR_SLACK,
         time=lambda present: measure_all(present, repeats, method=method),
         metric="tb_s",

@@ -9,7 +9,7 @@ import torch
 
 from .. import PagedAttention
 from . import peers
-from .accuracy import sample, token_error
+from .accuracy import Error, overall, sample, token_error
 from .cases import Heads, PrefillCase
 from .compare import backend, compare, unmeasured
 from .results import Results, Row
@@ -62,15 +62,15 @@ def flashcore_call(case: PrefillCase, variant: str, q: torch.Tensor, cache: tupl
     return lambda: attention.run(q, (k_cache, v_cache), out=out)
 
 
-def max_error(case: PrefillCase, out: torch.Tensor, q: torch.Tensor, cache: tuple[torch.Tensor, ...]) -> float:
-    """Largest absolute difference of ``out``, like q, to fp64 over a few query tokens; NaN is infinite."""
+def error(case: PrefillCase, out: torch.Tensor, q: torch.Tensor, cache: tuple[torch.Tensor, ...]) -> Error:
+    """Distance of ``out``, like q, to fp64 over a few query tokens."""
     k_cache, v_cache, table, _ = cache
-    worst = 0.0
+    errors = []
     for token in sample(q.shape[0], _CHECKED_ROWS):
         request, index = divmod(token, case.new)
         visible = case.prefix + (index + 1 if case.causal else case.new)
-        worst = max(worst, token_error(out[token], q[token], k_cache, v_cache, table[request], visible))
-    return worst
+        errors.append(token_error(out[token], q[token], k_cache, v_cache, table[request], visible))
+    return overall(errors)
 
 
 def per_head(case: PrefillCase, rows: list[Row]) -> str:
@@ -119,7 +119,7 @@ def _run(
         results,
         case.name,
         calls,
-        error=lambda out: max_error(case, out, q, cache),
+        error=lambda out: error(case, out, q, cache),
         allowed=lambda of_peers: 2 * min(of_peers, default=math.inf),
         time=lambda present: _time(present, repeats, method),
         metric="tflops",

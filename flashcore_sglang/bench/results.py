@@ -23,6 +23,7 @@ FORMATS = {
     "accuracy": ".3f",
     "kv_read": ".3f",
     "max_error": ".1e",
+    "rms_error": ".1e",
 }  # of a metric's values; .2f else
 
 
@@ -168,19 +169,30 @@ def markdown(rows: Iterable[Row], metric: str, ours: str = OURS, reference: str 
 
 
 def error_line(rows: Iterable[Row], ours: str = OURS) -> str:
-    """One sentence on the distance to fp64 beside FA3's, on the cases that have both; empty where none has."""
+    """What the distance to fp64 is beside FA3's, on the cases that have both; empty where none has."""
+    known = list(rows)
+    largest, rms = (_beside_fa3(known, metric, ours) for metric in ("max_error", "rms_error"))
+    if not largest:
+        return ""
+    ratios = []
+    for name, pairs in (("it", largest), ("its root mean square", rms)):
+        if pairs:
+            mine, theirs, case = max(pairs, key=lambda pair: pair[0] / pair[1])
+            ratios.append(f"{name} is at most {mine / theirs:.2f} times FA3's ({case})")
+    return (
+        f"Largest difference to fp64 on these cases: {ours} {max(p[0] for p in largest):.1e}, FA3 "
+        f"{max(p[1] for p in largest):.1e}; {', '.join(ratios)}."
+    )
+
+
+def _beside_fa3(rows: Iterable[Row], metric: str, ours: str) -> list[tuple[float, float, str]]:
+    """Ours, FA3's and the name of each case that has both."""
     pairs = []
-    for case, cells in pivot(rows, "max_error").items():
+    for case, cells in pivot(rows, metric).items():
         theirs = cells.get("fa3") or cells.get("fa3_paged")
         if ours in cells and theirs:
             pairs.append((cells[ours].value, theirs.value, case))
-    if not pairs:
-        return ""
-    worst = max(pairs, key=lambda pair: pair[0] / pair[1])
-    return (
-        f"Largest difference to fp64 on these cases: {ours} {max(p[0] for p in pairs):.1e}, FA3 "
-        f"{max(p[1] for p in pairs):.1e}; {ours}'s is at most {worst[0] / worst[1]:.2f} times FA3's ({worst[2]})."
-    )
+    return pairs
 
 
 def show(rows: Iterable[Row], metric: str) -> None:

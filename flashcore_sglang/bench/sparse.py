@@ -175,7 +175,7 @@ def list_error(step: Step) -> float:
             rows, head = slice(h * group, (h + 1) * group), slice(h, h + 1)
             pages = lists[r, h]
             keys, values = step.k[:, :, head], step.v[:, :, head]
-            worst = max(worst, token_error(step.out[r, rows], step.q[r, rows], keys, values, pages, visible))
+            worst = max(worst, token_error(step.out[r, rows], step.q[r, rows], keys, values, pages, visible).largest)
     return worst
 
 
