@@ -160,6 +160,8 @@ TOPK_RULES = (
         f"--page-size 64, or {_EXACT}",
     ),
     Rule("policy topk with HiCache", lambda s: s.arg("enable_hierarchical_cache"), _EXACT),
+    Rule("policy topk with LMCache", lambda s: s.arg("enable_lmcache"), _EXACT),
+    Rule("policy topk with FlexKV", lambda s: s.arg("enable_flexkv"), _EXACT),
     Rule(
         "policy topk with PD disaggregation",
         lambda s: s.arg("disaggregation_mode", "null") != "null" and s.arg("disaggregation_mode"),

@@ -15,7 +15,7 @@ if ! .venv/bin/python -c 'import sys, torch; sys.exit(not torch.cuda.is_availabl
   flags+=(--device cpu)
 fi
 example=
-if [[ " $*" != *" --model"* ]]; then
+if [[ ! " $* " =~ " --model"(-path)?[=\ ] ]]; then
   example=.cache/retrieval-model
   .venv/bin/python -m flashcore_sglang.examples.retrieval_model "$example" >/dev/null
   answer=$(.venv/bin/python -m flashcore_sglang.eval.prompt "$example" .cache/question.json 2>/dev/null)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -267,6 +267,10 @@ SERVERS = (
         "FLASHCORE_POLICY=exact",
     ),
     Refused(
+        "topk-lmcache", lambda: make_server(policy="topk", enable_lmcache=True), "LMCache", "FLASHCORE_POLICY=exact"
+    ),
+    Refused("topk-flexkv", lambda: make_server(policy="topk", enable_flexkv=True), "FlexKV", "FLASHCORE_POLICY=exact"),
+    Refused(
         "topk-pd",
         lambda: make_server(policy="topk", disaggregation_mode="decode"),
         "PD disaggregation (decode)",
@@ -301,6 +305,23 @@ def test_server_is_refused(case: Refused) -> None:
         refusals.check_server(case.make())
     assert case.feature in str(refusal.value)
     assert case.instead in str(refusal.value)
+
+
+def test_every_argument_that_a_rule_reads_is_one_of_sglangs() -> None:
+    """One that SGLang renames would read as not given, and be ignored from then on."""
+    arguments = pytest.importorskip("sglang.srt.server_args").ServerArgs
+    asked = set()
+
+    class Recorder:
+        def __getattr__(self, name: str) -> Any:
+            asked.add(name)
+            raise AttributeError(name)
+
+    server = replace(make_server(policy="topk", deterministic=True), args=Recorder())
+    for rule in refusals.SERVER_RULES + refusals.TOPK_RULES:
+        rule.found(server)
+    assert {"speculative_algorithm", "enable_mixed_chunk", "disaggregation_mode"} <= asked
+    assert asked <= set(arguments.__annotations__)
 
 
 @pytest.mark.parametrize("case", LAYERS, ids=lambda case: case.name)
