@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from flashcore_sglang import bench, reference
-from flashcore_sglang.bench import compare, decode, e2e, plot, prefill, results, sparse, timing
+from flashcore_sglang.bench import compare, decode, e2e, peers, plot, prefill, results, sparse, timing
 from flashcore_sglang.bench.accuracy import Error, overall, sample, token_error
 from flashcore_sglang.bench.cases import DECODE_SUITES, PREFILL_SUITES, DecodeCase, Heads, PrefillCase
 
@@ -340,6 +340,17 @@ def test_the_method_is_recorded(arguments: str, method: dict[str, str], monkeypa
         monkeypatch.setattr(benchmark, "run", run)
     assert bench.main(arguments.split()) == 0
     assert [measured.method for measured in made] == [method]
+
+
+@pytest.mark.parametrize(
+    "flags, wanted",
+    [("", list(peers.PREFILL)), ("--no-peers", []), ("--peers fa3 cudnn", ["fa3", "cudnn"])],
+)
+def test_peers_are_chosen(flags: str, wanted: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(prefill, "run", lambda _1, _2, _3, chosen, *_: seen.extend(chosen) or [])
+    assert bench.main(["prefill", *flags.split()]) == 0
+    assert seen == wanted
 
 
 def test_tables_are_what_the_result_files_say() -> None:

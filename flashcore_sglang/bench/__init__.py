@@ -22,17 +22,21 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from . import peers
     from .e2e import WORKLOADS
 
     parser = argparse.ArgumentParser(prog="flashcore bench", description=__doc__)
     commands = parser.add_subparsers(dest="what", required=True)
-    for name, suites in (("decode", "quick grid shapes shared"), ("prefill", "quick dense chunked")):
+    for name, suites, known in (
+        ("decode", "quick grid shapes shared", peers.DECODE),
+        ("prefill", "quick dense chunked", peers.PREFILL),
+    ):
         kernel = commands.add_parser(name, help=f"{name} kernels (needs a GPU)")
         kernel.add_argument("--suite", nargs="+", default=["quick"], choices=suites.split(), help="cases to run")
         kernel.add_argument(
             "--variants", nargs="+", default=["auto"], help="flashcore variants, 'auto' is the chooser's"
         )
-        kernel.add_argument("--no-peers", action="store_true", help="leave FA3, FlashInfer and the others out")
+        _add_peers(kernel, list(known))
         kernel.add_argument("--repeats", type=int, default=20, help="timed runs of a cell")
         kernel.add_argument(
             "--flush",
@@ -51,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_file(kernel)
 
     sparse = commands.add_parser("sparse", help="page selection and attention over the choice (needs a GPU)")
-    sparse.add_argument("--no-peers", action="store_true", help="leave FA3 and FlashInfer, which read everything, out")
+    _add_peers(sparse, ["fa3", "flashinfer"])
     sparse.add_argument("--repeats", type=int, default=20, help="timed runs of a cell")
     _add_file(sparse)
 
@@ -77,6 +81,12 @@ def _parser() -> argparse.ArgumentParser:
     picture.add_argument("results", nargs="+", type=Path, help="result files of decode, prefill, or sparse and eval")
     picture.add_argument("-o", "--output", type=Path, required=True, help="picture.svg, or another format by its name")
     return parser
+
+
+def _add_peers(command: argparse.ArgumentParser, known: list[str]) -> None:
+    which = command.add_mutually_exclusive_group()
+    which.add_argument("--peers", nargs="+", choices=known, default=known, help="what to measure beside ours")
+    which.add_argument("--no-peers", dest="peers", action="store_const", const=[], help="none of them")
 
 
 def _add_file(command: argparse.ArgumentParser) -> None:
@@ -108,12 +118,12 @@ def _measure(args: argparse.Namespace) -> int:
     try:
         if args.what == "decode":
             cases = [case for suite in args.suite for case in DECODE_SUITES[suite]]
-            failures = decode.run(measured, cases, args.variants, not args.no_peers, args.repeats, method)
+            failures = decode.run(measured, cases, args.variants, args.peers, args.repeats, method)
         elif args.what == "prefill":
             shapes = [case for suite in args.suite for case in PREFILL_SUITES[suite]]
-            failures = prefill.run(measured, shapes, args.variants, not args.no_peers, args.repeats, method)
+            failures = prefill.run(measured, shapes, args.variants, args.peers, args.repeats, method)
         elif args.what == "sparse":
-            failures = sparse.run(measured, sparse.SPARSE_CASES, not args.no_peers, args.repeats)
+            failures = sparse.run(measured, sparse.SPARSE_CASES, args.peers, args.repeats)
         else:
             failures = e2e.run(
                 measured,

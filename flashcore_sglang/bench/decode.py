@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 import torch
 
@@ -69,7 +70,7 @@ def run(
     results: Results,
     cases: list[DecodeCase],
     variants: list[str],
-    with_peers: bool,
+    peer_names: Collection[str],
     repeats: int,
     method: Method,
 ) -> list[str]:
@@ -80,21 +81,21 @@ def run(
     """
     failures: list[str] = []
     for case in unmeasured(results, cases, variants):
-        failures += _run(results, case, variants, with_peers, repeats, method)
+        failures += _run(results, case, variants, peer_names, repeats, method)
     return failures
 
 
 def _run(
-    results: Results, case: DecodeCase, variants: list[str], with_peers: bool, repeats: int, method: Method
+    results: Results, case: DecodeCase, variants: list[str], peer_names: Collection[str], repeats: int, method: Method
 ) -> list[str]:
     table, lens, num_pages = case.page_table("cuda")
     h = case.heads
     k = torch.randn(num_pages, case.page_size, h.kv, h.dim, device="cuda", dtype=torch.bfloat16)
     v = torch.randn_like(k)
     q = torch.randn(case.batch, h.qo, h.dim, device="cuda", dtype=torch.bfloat16)
-    calls: dict[str, peers.Call | None] = {}
-    if with_peers:
-        calls = {name: make(case, q, k, v, table, lens) for name, make in peers.DECODE.items()}
+    calls: dict[str, peers.Call | None] = {
+        name: make(case, q, k, v, table, lens) for name, make in peers.DECODE.items() if name in peer_names
+    }
     for variant in variants:
         calls[backend(variant)] = flashcore_call(case, variant, q, k, v, table, lens)
     return compare(

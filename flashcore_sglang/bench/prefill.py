@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 
@@ -89,7 +89,7 @@ def run(
     results: Results,
     cases: list[PrefillCase],
     variants: list[str],
-    with_peers: bool,
+    peer_names: Collection[str],
     repeats: int,
     method: Method,
 ) -> list[str]:
@@ -100,19 +100,19 @@ def run(
     """
     failures: list[str] = []
     for case in unmeasured(results, cases, variants):
-        failures += _run(results, case, variants, with_peers, repeats, method)
+        failures += _run(results, case, variants, peer_names, repeats, method)
         if case == _PER_HEAD:
             print(per_head(case, results.rows), flush=True)
     return failures
 
 
 def _run(
-    results: Results, case: PrefillCase, variants: list[str], with_peers: bool, repeats: int, method: Method
+    results: Results, case: PrefillCase, variants: list[str], peer_names: Collection[str], repeats: int, method: Method
 ) -> list[str]:
     q, k, v, cache = _inputs(case)
-    calls: dict[str, peers.Call | None] = {}
-    if with_peers:
-        calls = {name: make(case, q, k, v, cache) for name, make in peers.PREFILL.items()}
+    calls: dict[str, peers.Call | None] = {
+        name: make(case, q, k, v, cache) for name, make in peers.PREFILL.items() if name in peer_names
+    }
     for variant in variants:
         calls[backend(variant)] = flashcore_call(case, variant, q, cache)
     return compare(

@@ -8,6 +8,7 @@ summarises the page which every request has filled.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -212,7 +213,7 @@ def check(sparse: Step, exact: Step, table: torch.Tensor) -> str | None:
     return f"off fp64 over its own pages by {error:.2e}" if not error < limit else None
 
 
-def run(results: Results, cases: list[SparseCase], with_peers: bool, repeats: int) -> list[str]:
+def run(results: Results, cases: list[SparseCase], peer_names: Collection[str], repeats: int) -> list[str]:
     """Measures every case that `results` does not have, saving rows as they come.
 
     Returns:
@@ -232,7 +233,7 @@ def run(results: Results, cases: list[SparseCase], with_peers: bool, repeats: in
         v = torch.randn_like(k)
         q = torch.randn(case.batch, h.qo, h.dim, device="cuda", dtype=torch.bfloat16)
         calls: dict[str, peers.Call] = {}
-        for name in ("fa3", "flashinfer") if with_peers else ():
+        for name in peer_names:
             call = peers.DECODE[name](case.dense, q, k, v, table, lens)
             if call is not None:
                 calls[name] = call
