@@ -3,7 +3,9 @@
 // What:  one tile is up to 64 * kConsumers packed queries (tokens x group) of one KV head against keys
 //        [kv_begin, kv_end) of its row. O = softmax(Q K^T * sm_scale) V, softmax online in base 2.
 // Grid:  one persistent CTA an SM; TileSchedule says which tiles it runs.
-// Block: one producer warpgroup (its warps share the TMA boxes, one a page) and kConsumers warpgroups of 64 queries.
+// Block: a producer warpgroup (a warp for tiles and Q; three that share the boxes of K and V, one a page) and
+// kConsumers
+//        warpgroups of 64 queries.
 // Smem:  kQueryBuffers tiles of Q, rings of kStages blocks of K and of V, all under the 128-byte swizzle.
 // Maths: S of block n - 1 and O += P V of block n run on the tensor cores; the limits of block n - 1 are checked when
 //        S is there, its exponentials follow P V, whose registers P takes. O is rescaled only when a row's P would
@@ -26,6 +28,21 @@ namespace flashcore::prefill {
 // registers.
 __device__ __forceinline__ int uniform(int x) { return __reduce_max_sync(0xffffffff, x); }
 
+// The fields of a job at once: one after the other, each would cost its latency.
+__device__ __forceinline__ Job read_job(const Job& job) {
+  return {.blocks = uniform(job.blocks),
+          .q_begin = job.q_begin,
+          .q_count = uniform(job.q_count),
+          .packed = uniform(job.packed),
+          .kv_head = job.kv_head,
+          .kv_begin = uniform(job.kv_begin),
+          .kv_end = uniform(job.kv_end),
+          .kv_pos = job.kv_pos,
+          .page_begin = job.page_begin,
+          .partial = job.partial,
+          .position = uniform(job.position)};
+}
+
 template <typename Tr>
 __device__ void consume(const AttendParams& p, Shared<Tr>& smem) {
   using T = typename Tr::T;
@@ -34,7 +51,7 @@ __device__ void consume(const AttendParams& p, Shared<Tr>& smem) {
   // From lane 0: the compiler then knows it is the same in the warp and keeps descriptors in uniform registers.
   const int consumer = __shfl_sync(0xffffffff, threadIdx.x / 128, 0) - 1;
   const int lane = threadIdx.x % 32;
-  const int group = p.num_qo_heads / p.num_kv_heads;
+  const Group group(p.num_qo_heads / p.num_kv_heads);
   const float log2_scale = p.sm_scale * kLog2E;
   // With a soft cap the logits are already scaled when softmax sees them.
   const float softmax_scale = Tr::kSoftCap ? kLog2E : log2_scale;
@@ -51,7 +68,8 @@ __device__ void consume(const AttendParams& p, Shared<Tr>& smem) {
 #pragma unroll
   for (int i = 0; i < kBlockKeys / 4; ++i) probabilities[i] = 0;
   Output output;
-  uint32_t use = ~0u;  // of the rings: the last block whose P is made
+  uint32_t use = ~0u;        // of the rings: the last block whose P is made
+  uint32_t first_use = ~0u;  // of its tile
 
   const auto turn_wait = [&] {
     if constexpr (Tr::kOrdered) named_barrier_sync(kOrderBarrier + consumer, 256);
@@ -76,10 +94,21 @@ __device__ void consume(const AttendParams& p, Shared<Tr>& smem) {
   const auto begin_pv = [&] {
     if (open) mbarrier_wait(&smem.v_full[stage_of<kStages>(use)], parity_of<kStages>(use));
     wgmma_fence();
-    issue_pv<Tr>(o, probabilities, wgmma_descriptor(smem.v[stage_of<kStages>(use)], kBlockKeys * 128));
+    issue_pv<Tr>(o, probabilities, wgmma_descriptor(smem.v[stage_of<kStages>(use)], kBlockKeys * 128),
+                 use != first_use);
   };
-  const auto close = [&] {
+  // The open tile's queries are done: tile number `tiles`.
+  const auto finish = [&](uint32_t tiles) {
+    const uint32_t slot = stage_of<kJobs>(tiles);
+    output = locate_output(p.plan, smem.jobs[slot], consumer, group, p.num_qo_heads);
+    mbarrier_arrive(&smem.job_done[slot]);
+    finish_rows(p, rows, softmax_scale, output);
+  };
+  // With two buffers of queries that is done beside the next tile's first matmul; one buffer has to be handed back.
+  constexpr bool kFinishLate = Tr::kQueryBuffers > 1;
+  const auto close = [&](uint32_t tiles) {
     begin_pv();
+    if (kFinishLate) finish(tiles);
     wgmma_wait<0>();
     wgmma_pin(o);
     release(smem.v_empty[stage_of<kStages>(use)]);
@@ -87,23 +116,24 @@ __device__ void consume(const AttendParams& p, Shared<Tr>& smem) {
   };
   if (consumer == Tr::kConsumers - 1) turn_pass();
 
-  for (uint32_t tiles = 0;; ++tiles) {
+  uint32_t tiles = 0;
+  for (;; ++tiles) {
     const uint32_t buffer = stage_of<Tr::kQueryBuffers>(tiles);
     mbarrier_wait(&smem.q_full[buffer], parity_of<Tr::kQueryBuffers>(tiles));
-    const Job& job = smem.jobs[buffer];
-    const int blocks = uniform(job.blocks);
+    const Job job = read_job(smem.jobs[stage_of<kJobs>(tiles)]);
+    const int blocks = job.blocks;
     if (blocks == kNoMoreJobs) break;
-    const bool idle = consumer * 64 >= uniform(job.q_count * group);  // the row is too short for this warpgroup
+    const bool idle = consumer * 64 >= job.q_count * group.size;  // the row is too short for this warpgroup
     if (blocks == 0 || idle) {
-      if (open) close();
+      if (open) close(tiles - 1);
       open = false;
       hand_back(blocks);
       use += blocks;
       if (!idle) write_nothing<Tr>(p, locate_output(p.plan, job, consumer, group, p.num_qo_heads));
-      mbarrier_arrive(&smem.q_empty[buffer]);
+      mbarrier_arrive(&smem.job_done[stage_of<kJobs>(tiles)]);
       continue;
     }
-    const int kv_begin = uniform(job.kv_begin);
+    const int kv_begin = job.kv_begin;
     const int tail = (job.kv_end - kv_begin) - (blocks - 1) * kBlockKeys;  // keys of the last block
 
     const uint64_t q = wgmma_descriptor(smem.q[buffer][0][consumer * 64]);
@@ -128,22 +158,23 @@ __device__ void consume(const AttendParams& p, Shared<Tr>& smem) {
     // A block at the end that none of this warpgroup's queries sees is handed back unread; there is one at most.
     int skipped = 0;
     if (p.causal && !job.packed) {
-      const int last = job.position + min(job.q_count - 1, (64 * consumer + 63) / group);
+      const int last = job.position + min(job.q_count - 1, group.token(64 * consumer + 63));
       skipped = uniform(blocks - 1 - min(max(last - kv_begin, 0) / kBlockKeys, blocks - 1));
       hand_back(skipped);
     }
     int begin = kv_begin + (blocks - 1 - skipped) * kBlockKeys;
-    const uint32_t first_use = use + 1 + skipped;
+    const uint32_t begin_use = use + 1 + skipped;
     turn_wait();
-    begin_qk(first_use);
+    begin_qk(begin_use);
     begin_pv();  // with no tile open its result is dropped: a matmul under a condition would not overlap
     turn_pass();
+    if (kFinishLate && open) finish(tiles - 1);
     locate_rows(p, job, consumer, group, rows);
     first_of_all = __reduce_max_sync(0xffffffff, max(rows.first[0], rows.first[1]));
     last_of_all = __reduce_min_sync(0xffffffff, min(rows.last[0], rows.last[1]));
     wgmma_wait<1>();
     wgmma_pin(s);
-    release(smem.k_empty[stage_of<kStages>(first_use)]);
+    release(smem.k_empty[stage_of<kStages>(begin_use)]);
     logits(begin);
     raise_references<Tr>(s, rows, softmax_scale, factor);
     wgmma_wait<0>();
@@ -153,9 +184,7 @@ __device__ void consume(const AttendParams& p, Shared<Tr>& smem) {
       write_output<Tr>(p, o, output);
     }
     open = true;
-    use = first_use;
-#pragma unroll
-    for (int i = 0; i < kHeadDim / 2; ++i) o[i] = 0.0f;
+    use = first_use = begin_use;
     exponentials<Tr>(s, rows, softmax_scale, probabilities);
     if (skipped == 0) clear_tail<Tr>(smem, use, tail, consumer);
 
@@ -172,17 +201,15 @@ __device__ void consume(const AttendParams& p, Shared<Tr>& smem) {
       wgmma_wait<0>();  // P V is over by now; P of this block goes where P of the last one was
       wgmma_pin(o);
       release(smem.v_empty[stage_of<kStages>(use)]);
+      exponentials<Tr>(s, rows, softmax_scale, probabilities);
       if (moved) {
 #pragma unroll
         for (int i = 0; i < kHeadDim / 2; ++i) o[i] *= factor[i / 2 % 2];
       }
-      exponentials<Tr>(s, rows, softmax_scale, probabilities);
     }
-    output = locate_output(p.plan, job, consumer, group, p.num_qo_heads);
-    mbarrier_arrive(&smem.q_empty[buffer]);
-    finish_rows(p, rows, softmax_scale, output);
+    if (!kFinishLate) finish(tiles);
   }
-  if (open) close();
+  if (open) close(tiles - 1);
 }
 
 // --- Kernel ----------------------------------------------------------------------------------------------------------
@@ -192,16 +219,22 @@ __global__ void __launch_bounds__(Tr::kThreads, 1)
     prefill_kernel(const __grid_constant__ AttendParams p, const __grid_constant__ Maps maps) {
   extern __shared__ __align__(1024) unsigned char shared_bytes[];
   Shared<Tr>& smem = *reinterpret_cast<Shared<Tr>*>(shared_bytes);
+  if (threadIdx.x == 32) {
+    prefetch_tensor_map(&maps.q);
+    prefetch_tensor_map(&maps.k);
+    prefetch_tensor_map(&maps.v);
+  }
   if (threadIdx.x == 0) {
     constexpr int kConsumerWarps = 4 * Tr::kConsumers;
-    for (int i = 0; i < Tr::kQueryBuffers; ++i) {
-      mbarrier_init(&smem.q_full[i], 1);
-      mbarrier_init(&smem.q_empty[i], 128 * Tr::kConsumers);  // every thread has read the job
+    for (int i = 0; i < kJobs; ++i) {
+      mbarrier_init(&smem.job_full[i], 1);
+      mbarrier_init(&smem.job_done[i], kLoadWarps + 128 * Tr::kConsumers);
     }
+    for (int i = 0; i < Tr::kQueryBuffers; ++i) mbarrier_init(&smem.q_full[i], 1);
     for (int i = 0; i < Tr::kStages; ++i) {
-      mbarrier_init(&smem.k_full[i], kProducerWarps);
+      mbarrier_init(&smem.k_full[i], kLoadWarps);
       mbarrier_init(&smem.k_empty[i], kConsumerWarps);
-      mbarrier_init(&smem.v_full[i], kProducerWarps);
+      mbarrier_init(&smem.v_full[i], kLoadWarps);
       mbarrier_init(&smem.v_empty[i], kConsumerWarps);
     }
     mbarrier_init_fence();
@@ -210,7 +243,11 @@ __global__ void __launch_bounds__(Tr::kThreads, 1)
 
   if (threadIdx.x < 128) {
     warpgroup_lower_registers<Tr::kProducerRegisters>();
-    produce<Tr>(p, maps, smem);
+    if (threadIdx.x < 32) {
+      announce_tiles<Tr>(p, maps, smem);
+    } else {
+      load_keys<Tr>(p, maps, smem);
+    }
   } else {
     warpgroup_raise_registers<Tr::kConsumerRegisters>();
     consume<Tr>(p, smem);

@@ -14,7 +14,8 @@ namespace flashcore::prefill {
 // where long rows are cut so that all have work.
 class TileSchedule {
  public:
-  __device__ explicit TileSchedule(const AttendParams& p) : p_(p), range_(blockIdx.x) {
+  __device__ explicit TileSchedule(const AttendParams& p)
+      : p_(p), num_pairs_(p.plan.counts[kNumRows] * p.num_kv_heads), range_(blockIdx.x) {
     if (!many_pairs() && range_ < p.plan.num_ctas) open_range();
   }
 
@@ -35,8 +36,7 @@ class TileSchedule {
  private:
   static constexpr int kPairsPerCta = 4;
 
-  __device__ int num_pairs() const { return p_.plan.counts[kNumRows] * p_.num_kv_heads; }
-  __device__ bool many_pairs() const { return num_pairs() >= kPairsPerCta * static_cast<int>(gridDim.x); }
+  __device__ bool many_pairs() const { return num_pairs_ >= kPairsPerCta * static_cast<int>(gridDim.x); }
 
   __device__ void open_range() {
     tile_ = p_.plan.cta_indptr[range_];
@@ -48,11 +48,11 @@ class TileSchedule {
     // cursor to 0, ready for the next launch.
     int rank = blockIdx.x;
     if (opened_ && threadIdx.x % 32 == 0) {
-      rank = gridDim.x + atomicInc(reinterpret_cast<unsigned*>(p_.plan.counts + kNextTile), num_pairs() - 1);
+      rank = gridDim.x + atomicInc(reinterpret_cast<unsigned*>(p_.plan.counts + kNextTile), num_pairs_ - 1);
     }
     opened_ = true;
     rank = __shfl_sync(0xffffffff, rank, 0);
-    if (rank >= num_pairs()) return false;
+    if (rank >= num_pairs_) return false;
     const auto [row, head] = locate(rank);
     tile_ = p_.plan.tile_indptr[row * p_.num_kv_heads + head];
     end_ = p_.plan.tile_indptr[row * p_.num_kv_heads + head + 1];
@@ -67,8 +67,8 @@ class TileSchedule {
   // are taken together, the last rows of all their requests first: else a last row taken late keeps its CTA busy at the
   // end.
   __device__ RowAndHead locate(int rank) const {
-    const int num_rows = p_.plan.counts[kNumRows];
     const int num_heads = p_.num_kv_heads;
+    const int num_rows = num_pairs_ / num_heads;
     const int last_heads = min(num_heads, (kPairsPerCta * static_cast<int>(gridDim.x) + num_rows - 1) / num_rows);
     const int head = rank / num_rows, from_last = rank - head * num_rows;
     const int request_rows = num_rows / p_.batch;
@@ -83,6 +83,7 @@ class TileSchedule {
   }
 
   const AttendParams& p_;
+  int num_pairs_;
   int range_;
   bool opened_ = false;  // a pair
   int tile_ = 0, end_ = 0;
@@ -96,98 +97,101 @@ struct Maps {
 };
 
 template <typename Tr>
-__device__ __forceinline__ int blocks_of(const Tile& tile) {
-  return (tile.kv_end - tile.kv_begin + Tr::kBlockKeys - 1) / Tr::kBlockKeys;
+__device__ Job job_of(const Tile& tile, int num_kv_heads) {
+  const bool packed = tile.q_begin < 0;
+  return {
+      .blocks = (tile.kv_end - tile.kv_begin + Tr::kBlockKeys - 1) / Tr::kBlockKeys,
+      .q_begin = packed ? ~tile.q_begin : tile.q_begin,
+      .q_count = tile.q_count,
+      .packed = packed,
+      .kv_head = tile.pair % num_kv_heads,
+      .kv_begin = tile.kv_begin,
+      .kv_end = tile.kv_end,
+      .kv_pos = tile.kv_pos,
+      .page_begin = tile.page_begin,
+      .partial = tile.partial,
+  };
 }
 
-// One thread: tells the consumers about a tile and fetches its queries.
+// One thread: fetches the queries of a job, or none.
 template <typename Tr>
-__device__ void load_query(const AttendParams& p, const Maps& maps, Shared<Tr>& smem, uint32_t buffer,
-                           const Tile& tile) {
-  const int row_index = tile.pair / p.num_kv_heads;
-  const int kv_head = tile.pair - row_index * p.num_kv_heads;
-  const int blocks = blocks_of<Tr>(tile);
-  const Row row = p.plan.rows[row_index];
-  const bool packed = row.flags & kPacked;
-  const int position = packed ? 0 : p.plan.positions[row.q_begin] - row.kv_pos;
-  smem.jobs[buffer] = Job{blocks,        row.q_begin, row.q_count, packed,   kv_head,
-                          tile.kv_begin, tile.kv_end, row.kv_pos,  position, tile.partial};
+__device__ void load_query(const AttendParams& p, const Maps& maps, Shared<Tr>& smem, uint32_t buffer, const Job& job) {
   const int group = p.num_qo_heads / p.num_kv_heads;
-  const int tokens = blocks == 0 ? 0 : packed ? row.q_count : Tr::kRows / group;
+  const int tokens = job.blocks <= 0 ? 0 : job.packed ? job.q_count : Tr::kRows / group;
   Mbarrier* const full = &smem.q_full[buffer];
   mbarrier_arrive_expect_tx(full, tokens * group * Tr::kHeadDim * sizeof(typename Tr::T));
   if (tokens == 0) return;
 #pragma unroll 1
   for (int slab = 0; slab < Tr::kSlabs; ++slab) {
-    if (!packed) {
-      tma_load_query(smem.q[buffer][slab][0], &maps.q, full, row.q_begin, slab, kv_head, kEvictFirst);
+    if (!job.packed) {
+      tma_load_query(smem.q[buffer][slab][0], &maps.q, full, job.q_begin, slab, job.kv_head, kEvictFirst);
       continue;
     }
 #pragma unroll 1
     for (int i = 0; i < tokens; ++i) {
-      const int token = p.plan.row_tokens[row.q_begin + i];
-      tma_load_query(smem.q[buffer][slab][i * group], &maps.q_token, full, token, slab, kv_head, kEvictFirst);
+      const int token = p.plan.row_tokens[job.q_begin + i];
+      tma_load_query(smem.q[buffer][slab][i * group], &maps.q_token, full, token, slab, job.kv_head, kEvictFirst);
     }
   }
 }
 
-// The producer's warps fetch Q of each tile and, dealing its boxes among them, its blocks of K and V, last block first.
+// The first warp: tile after tile for all others, and its queries. A tile is announced when the one before it begins:
+// to find it and to fetch its queries takes as long as a block or two.
 template <typename Tr>
-__device__ void produce(const AttendParams& p, const Maps& maps, Shared<Tr>& smem) {
-  constexpr int kBlockKeys = Tr::kBlockKeys;
-  const Plan& plan = p.plan;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  // A block is loaded in (keys / box_keys) * kSlabs boxes; this warp issues numbers warp, warp + kProducerWarps, ...
-  const int boxes = kBlockKeys / maps.box_keys * Tr::kSlabs;
-  const int own_boxes = (boxes - warp + kProducerWarps - 1) / kProducerWarps;
-  uint32_t kv_use = 0;  // of V; K runs one block ahead
+__device__ void announce_tiles(const AttendParams& p, const Maps& maps, Shared<Tr>& smem) {
   TileSchedule schedule(p);
-
-  // All warps: the tile that is to be number `tiles`, or -1.
-  const auto take = [&](uint32_t tiles) {
-    int& next_tile = smem.next_tile[tiles % 2];
-    if (warp == 0) {
-      const int taken = schedule.take();
-      if (lane == 0) next_tile = taken;
+  for (uint32_t tiles = 0;; ++tiles) {
+    const uint32_t slot = stage_of<kJobs>(tiles), buffer = stage_of<Tr::kQueryBuffers>(tiles);
+    mbarrier_wait(&smem.job_done[slot], parity_of<kJobs>(tiles) ^ 1);
+    const int t = schedule.take();
+    Job job{.blocks = kNoMoreJobs};
+    if (t >= 0) {
+      const Tile tile = p.plan.tiles[t];
+      job = job_of<Tr>(tile, p.num_kv_heads);
     }
-    named_barrier_sync(kProducerBarrier, 32 * kProducerWarps);
-    return next_tile;
-  };
-  // The first warp: tile `t` and its queries for the consumers, or the end.
-  const auto announce = [&](uint32_t tiles, int t) {
-    if (warp != 0) return;
-    const uint32_t buffer = stage_of<Tr::kQueryBuffers>(tiles);
-    mbarrier_wait(&smem.q_empty[buffer], parity_of<Tr::kQueryBuffers>(tiles) ^ 1);
-    if (lane == 0 && t >= 0) load_query(p, maps, smem, buffer, plan.tiles[t]);
-    if (lane == 0 && t < 0) {
-      smem.jobs[buffer].blocks = kNoMoreJobs;
-      mbarrier_arrive(&smem.q_full[buffer]);
+    if (threadIdx.x == 0) {
+      smem.jobs[slot] = job;
+      mbarrier_arrive(&smem.job_full[slot]);
+    }
+    // With one buffer of queries the tile before has to be done with it.
+    if (Tr::kQueryBuffers == 1) mbarrier_wait(&smem.job_done[slot ^ 1], parity_of<kJobs>(tiles + 1) ^ 1);
+    if (threadIdx.x == 0) {
+      if (t >= 0 && !job.packed) smem.jobs[slot].position = p.plan.positions[job.q_begin] - job.kv_pos;
+      load_query(p, maps, smem, buffer, job);
     }
     __syncwarp();
-  };
-  // With two buffers of queries a tile is announced while the one before it begins: to find it and to fetch its queries
-  // takes as long as a block or two. With one buffer its first keys go ahead.
-  constexpr bool kAhead = Tr::kQueryBuffers > 1;
+    if (t < 0) return;
+  }
+}
 
-  uint32_t tiles = 0;
-  int t = take(tiles);
-  if (kAhead) announce(tiles, t);
-  for (; t >= 0; ++tiles) {
-    const Tile tile = plan.tiles[t];
-    const int row_index = tile.pair / p.num_kv_heads;
-    const int kv_head = tile.pair - row_index * p.num_kv_heads;
-    const int32_t* pages = plan.kv_indices + plan.rows[row_index].page_begin;
-    pages += static_cast<int64_t>(kv_head) * plan.rows[row_index].head_stride;
-    const int blocks = blocks_of<Tr>(tile);
+// The other warps: the tiles' blocks of K and V, last block first, the boxes of a block dealt among them.
+template <typename Tr>
+__device__ void load_keys(const AttendParams& p, const Maps& maps, Shared<Tr>& smem) {
+  constexpr int kBlockKeys = Tr::kBlockKeys;
+  const int warp = threadIdx.x / 32 - 1, lane = threadIdx.x % 32;
+  // A block is loaded in (keys / box_keys) * kSlabs boxes; this warp issues numbers warp, warp + kLoadWarps, ...
+  const int boxes = kBlockKeys / maps.box_keys * Tr::kSlabs;
+  const int own_boxes = (boxes - warp + kLoadWarps - 1) / kLoadWarps;
+  uint32_t kv_use = 0;  // of V; K runs one block ahead
+
+  for (uint32_t tiles = 0;; ++tiles) {
+    const uint32_t slot = stage_of<kJobs>(tiles);
+    mbarrier_wait(&smem.job_full[slot], parity_of<kJobs>(tiles));
+    const Job& job = smem.jobs[slot];
+    const int blocks = job.blocks, kv_begin = job.kv_begin, kv_end = job.kv_end, kv_head = job.kv_head;
+    const int32_t* const pages = p.plan.kv_indices + job.page_begin;
+    if (blocks == kNoMoreJobs) return;
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(&smem.job_done[slot]);
 
     // The page of this lane's box of a block, and the token in it. A box without keys lies outside the cache: TMA
     // writes zeros.
     const auto locate = [&](int block, int& page, int& token) {
-      const int box = warp + lane * kProducerWarps;
-      const int key = tile.kv_begin + block * kBlockKeys + box / Tr::kSlabs * maps.box_keys;
+      const int box = warp + lane * kLoadWarps;
+      const int key = kv_begin + block * kBlockKeys + box / Tr::kSlabs * maps.box_keys;
       const int column = key / p.page_size;
       token = key - column * p.page_size;
-      page = lane < own_boxes && key < tile.kv_end ? pages[column] : p.num_pages;
+      page = lane < own_boxes && key < kv_end ? pages[column] : p.num_pages;
     };
     const auto load = [&](auto& ring, const CUtensorMap& map, Mbarrier* full, Mbarrier* empty, uint32_t use, int page,
                           int token) {
@@ -199,7 +203,7 @@ __device__ void produce(const AttendParams& p, const Maps& maps, Shared<Tr>& sme
       for (int i = 0; i < own_boxes; ++i) {
         const int box_page = __shfl_sync(0xffffffff, page, i);
         const int box_token = __shfl_sync(0xffffffff, token, i);
-        const int box = warp + i * kProducerWarps;
+        const int box = warp + i * kLoadWarps;
         const int slab = box % Tr::kSlabs, key = box / Tr::kSlabs * maps.box_keys;
         if (lane == 0) {
           tma_load_cache(ring[stage][slab][key], &map, &full[stage], box_token, slab, kv_head, box_page, kEvictNormal);
@@ -215,18 +219,10 @@ __device__ void produce(const AttendParams& p, const Maps& maps, Shared<Tr>& sme
     };
 
     // In the order of use: K of a block, then V of the block before it.
+    if (blocks == 0) continue;
     int page, token;
-    if (blocks > 0) {
-      locate(blocks - 1, page, token);
-      load_k(kv_use, page, token);
-    }
-
-    if (!kAhead) announce(tiles, t);
-    const auto look_ahead = [&] {
-      t = take(tiles + 1);
-      if (kAhead) announce(tiles + 1, t);
-    };
-
+    locate(blocks - 1, page, token);
+    load_k(kv_use, page, token);
     for (int block = blocks - 2; block >= 0; --block, ++kv_use) {
       int next_page, next_token;
       locate(block, next_page, next_token);
@@ -234,12 +230,9 @@ __device__ void produce(const AttendParams& p, const Maps& maps, Shared<Tr>& sme
       load_v(kv_use, page, token);
       page = next_page;
       token = next_token;
-      if (block == blocks - 2) look_ahead();
     }
-    if (blocks > 0) load_v(kv_use++, page, token);
-    if (blocks < 2) look_ahead();
+    load_v(kv_use++, page, token);
   }
-  if (!kAhead) announce(tiles, t);
 }
 
 }  // namespace flashcore::prefill

@@ -22,14 +22,14 @@ __device__ __forceinline__ void issue_qk(float (&s)[Tr::kBlockKeys / 2], uint64_
   wgmma_commit();
 }
 
-// O += P V; asynchronous.
+// O += P V, or O = P V; asynchronous.
 template <typename Tr>
 __device__ __forceinline__ void issue_pv(float (&o)[Tr::kHeadDim / 2], const uint32_t (&p)[Tr::kBlockKeys / 4],
-                                         uint64_t v) {
+                                         uint64_t v, bool accumulate) {
   using Mma = Wgmma<Tr::kHeadDim, typename Tr::T>;
 #pragma unroll
   for (int step = 0; step < Tr::kBlockKeys / 16; ++step) {
-    Mma::template rs<1>(o, p + 4 * step, wgmma_advance(v, step * 16 * 128), true);
+    Mma::template rs<1>(o, p + 4 * step, wgmma_advance(v, step * 16 * 128), step > 0 || accumulate);
   }
   wgmma_commit();
 }
@@ -43,17 +43,25 @@ struct RowState {
 };
 constexpr float kNoReference = -1e37f;  // finite, so that no difference is NaN
 
+// Query heads of a KV head. The token of a packed query, query / size, by a multiplication: there are at most 192.
+struct Group {
+  int size;
+  uint32_t reciprocal;
+  __device__ __forceinline__ explicit Group(int heads) : size(heads), reciprocal((65536 + heads - 1) / heads) {}
+  __device__ __forceinline__ int token(int query) const { return query * reciprocal >> 16; }
+};
+
 // Packed query i (0 or 1) of this thread.
 __device__ __forceinline__ int query_of(int consumer, int i) {
   return threadIdx.x % 128 / 32 * 16 + consumer * 64 + threadIdx.x % 32 / 4 + 8 * i;
 }
 
 // What the thread's rows see of a tile, with nothing seen yet.
-__device__ __forceinline__ void locate_rows(const AttendParams& p, const Job& job, int consumer, int group,
+__device__ __forceinline__ void locate_rows(const AttendParams& p, const Job& job, int consumer, Group group,
                                             RowState& rows) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const int index = query_of(consumer, i) / group;
+    const int index = group.token(query_of(consumer, i));
     rows.first[i] = job.kv_begin;
     rows.last[i] = job.kv_end - 1;
     rows.reference[i] = kNoReference;
@@ -75,12 +83,17 @@ __device__ __forceinline__ void mask(float (&s)[kElements], const RowState& rows
   const int column = begin + threadIdx.x % 4 * 2;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const int limit = (kBefore ? rows.first[i] : rows.last[i]) - column;
+    const int limit = (kBefore ? rows.first[i] : rows.last[i] + 1) - column;
+    // Of the thread's columns 0, 1, 8, 9, 16, ... so many lie below the limit: the low bits of a word, which the
+    // hardware moves to predicates several at a time.
+    const uint32_t keys = max(limit, 0), below = min(keys / 8 * 2 + min(keys % 8, 2), kElements / 2);
+    const uint32_t word = below == 32 ? ~0u : (1u << below) - 1;
+    const uint32_t hidden = kBefore ? word : ~word;
 #pragma unroll
     for (int j = 0; j < kElements / 4; ++j) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        if (kBefore ? 8 * j + e < limit : 8 * j + e > limit) s[4 * j + 2 * i + e] = -INFINITY;
+        if (hidden >> (2 * j + e) & 1) s[4 * j + 2 * i + e] = -INFINITY;
       }
     }
   }
@@ -100,7 +113,8 @@ template <typename Tr>
 __device__ __forceinline__ bool raise_references(const float (&s)[Tr::kBlockKeys / 2], RowState& rows, float scale_log2,
                                                  float (&factor)[2]) {
   constexpr int kElements = Tr::kBlockKeys / 2;
-  bool above = false;
+  bool above = false, negative = false;
+  float largest[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     int32_t bits[2] = {__float_as_int(s[2 * i]), __float_as_int(s[2 * i + 1])};
@@ -108,18 +122,27 @@ __device__ __forceinline__ bool raise_references(const float (&s)[Tr::kBlockKeys
     for (int j = 1; j < kElements / 4; ++j) {
       bits[j % 2] = __vimax3_s32(bits[j % 2], __float_as_int(s[4 * j + 2 * i]), __float_as_int(s[4 * j + 2 * i + 1]));
     }
-    above |= max(bits[0], bits[1]) >= rows.limit_bits[i];
+    const int32_t most = max(bits[0], bits[1]);
+    above |= most >= rows.limit_bits[i];
+    negative |= most < 0;
+    largest[i] = __int_as_float(most);
   }
   if (!__any_sync(0xffffffff, above)) return false;
+  if (__any_sync(0xffffffff, negative)) {  // where all are negative the integers' order is the other one
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float even = s[2 * i], odd = s[2 * i + 1];
+#pragma unroll
+      for (int j = 1; j < kElements / 4; ++j) {
+        even = fmaxf(even, s[4 * j + 2 * i]);
+        odd = fmaxf(odd, s[4 * j + 2 * i + 1]);
+      }
+      largest[i] = fmaxf(even, odd);
+    }
+  }
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    float even = s[2 * i], odd = s[2 * i + 1];
-#pragma unroll
-    for (int j = 1; j < kElements / 4; ++j) {
-      even = fmaxf(even, s[4 * j + 2 * i]);
-      odd = fmaxf(odd, s[4 * j + 2 * i + 1]);
-    }
-    const float reference = fmaxf(rows.reference[i], quad_max(fmaxf(even, odd)));
+    const float reference = fmaxf(rows.reference[i], quad_max(largest[i]));
     factor[i] = exp2_fast((rows.reference[i] - reference) * scale_log2);
     rows.sum[i] *= factor[i];
     rows.reference[i] = reference;
@@ -188,18 +211,18 @@ struct Output {
   bool partial;
 };
 
-__device__ __forceinline__ Output locate_output(const Plan& plan, const Job& job, int consumer, int group,
+__device__ __forceinline__ Output locate_output(const Plan& plan, const Job& job, int consumer, Group group,
                                                 int num_qo_heads) {
   Output output;
   output.partial = job.partial >= 0;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const int query = query_of(consumer, i), index = query / group;
+    const int query = query_of(consumer, i), index = group.token(query);
     output.row[i] = -1;
     if (index >= job.q_count) continue;
     const int token = job.packed ? plan.row_tokens[job.q_begin + index] : job.q_begin + index;
-    output.row[i] =
-        output.partial ? job.partial + query : token * num_qo_heads + job.kv_head * group + query - index * group;
+    output.row[i] = output.partial ? job.partial + query
+                                   : token * num_qo_heads + job.kv_head * group.size + query - index * group.size;
   }
   return output;
 }

@@ -31,24 +31,26 @@ struct Traits {
 
 // --- Shared memory plan ----------------------------------------------------------------------------------------------
 
-// A tile as the consumers need it.
-struct Job {
+// A tile as those that load its keys and the consumers need it.
+struct alignas(16) Job {
   int32_t blocks;  // steps of kBlockKeys keys; kNoMoreJobs ends the kernel
   int32_t q_begin, q_count, packed;
   int32_t kv_head, kv_begin, kv_end, kv_pos;
-  int32_t position;  // of the first query, counted from the row's first key; the others follow unless packed
+  int32_t page_begin;
   int32_t partial;
+  int32_t position;  // of the first query, counted from the row's first key; the others follow unless packed
 };
 constexpr int32_t kNoMoreJobs = -1;
+constexpr int kJobs = 2;  // the one at work and the next one
 
 template <typename Tr>
 struct alignas(1024) Shared {
   typename Tr::T q[Tr::kQueryBuffers][Tr::kSlabs][Tr::kRows][kSlab];
   typename Tr::T k[Tr::kStages][Tr::kSlabs][Tr::kBlockKeys][kSlab];
   typename Tr::T v[Tr::kStages][Tr::kSlabs][Tr::kBlockKeys][kSlab];
-  Job jobs[Tr::kQueryBuffers];
-  int next_tile[2];  // from the producer's first warp to its others
-  Mbarrier q_full[Tr::kQueryBuffers], q_empty[Tr::kQueryBuffers];
+  Job jobs[kJobs];
+  Mbarrier job_full[kJobs], job_done[kJobs];  // done: nobody reads the job or its Q any more
+  Mbarrier q_full[Tr::kQueryBuffers];         // the job is complete, too
   Mbarrier k_full[Tr::kStages], k_empty[Tr::kStages];
   Mbarrier v_full[Tr::kStages], v_empty[Tr::kStages];
 };
@@ -65,10 +67,9 @@ __device__ __forceinline__ uint32_t parity_of(uint32_t use) {
 }
 
 // Named barriers; 0 is __syncthreads.
-constexpr int kProducerBarrier = 1;
-constexpr int kTailBarrier = 2;   // + consumer: its own warps
-constexpr int kOrderBarrier = 5;  // + consumer: its turn to issue matmuls
+constexpr int kTailBarrier = 1;   // + consumer: its own warps
+constexpr int kOrderBarrier = 4;  // + consumer: its turn to issue matmuls
 
-constexpr int kProducerWarps = 4;  // small pages mean many boxes, more than one thread can issue in time
+constexpr int kLoadWarps = 3;  // small pages mean many boxes, more than one thread can issue in time
 
 }  // namespace flashcore::prefill
