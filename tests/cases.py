@@ -15,6 +15,7 @@ class Case:
     Attributes:
         name: what the case is about.
         q_lens, kv_lens: query tokens and keys of each request; the queries are the last tokens of their sequence.
+        sm_scale: factor of the logits; None: 1 / sqrt(head_dim).
         shared_pages: full pages at the front that all requests have in common.
         seed: of the values and of the order of the pages.
     """
@@ -30,6 +31,7 @@ class Case:
     causal: bool = True
     window_left: int = -1
     logits_soft_cap: float = 0.0
+    sm_scale: float | None = None
     shared_pages: int = 0
     seed: int = 0
 
@@ -47,7 +49,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Problem:
-    """The tensors of a case on one device; ``masks`` are the keyword arguments of the reference."""
+    """The tensors of a case on one device; ``masks`` and the scale are the keyword arguments of the reference."""
 
     case: Case
     q: torch.Tensor
@@ -63,9 +65,9 @@ class Problem:
         return self.qo_indptr, self.kv_indptr, self.kv_indices, self.last_page_len
 
     @property
-    def masks(self) -> dict[str, float]:
-        case = self.case
-        return {"causal": case.causal, "window_left": case.window_left, "logits_soft_cap": case.logits_soft_cap}
+    def masks(self) -> dict[str, float | None]:
+        names = ("causal", "window_left", "logits_soft_cap", "sm_scale")
+        return {name: getattr(self.case, name) for name in names}
 
 
 def indptr(lengths: Sequence[int]) -> torch.Tensor:
@@ -134,6 +136,8 @@ CASES = [
     decode("window", 400, 100, 65, 64, 3, window_left=64),
     decode("window of the key itself", 400, 3, window_left=0),
     decode("soft cap", 400, 33, logits_soft_cap=2.0),
+    *(decode(f"scale, head size {d}", 400, 33, head_dim=d, sm_scale=0.3) for d in (64, 96, 128, 256)),
+    decode("scale and soft cap", 400, 33, sm_scale=0.3, logits_soft_cap=2.0),
     extend("prefill", (40, 40), (7, 7), (1, 1)),
     extend("prefill over a cached prefix", (18, 192), (16, 16), (30, 77)),
     extend("mixed with decode", (18, 192), (1, 201), (1, 33), (0, 0), (50, 50)),
@@ -143,6 +147,11 @@ CASES = [
     extend("not causal window", (40, 100), (70, 70), causal=False, window_left=20),
     extend("extend window", (30, 100), (100, 400), (33, 33), window_left=17),
     extend("extend soft cap", (30, 100), (20, 20), logits_soft_cap=2.0),
+    *(
+        extend(f"extend scale, head size {d}", (30, 100), (20, 20), head_dim=d, sm_scale=0.3)
+        for d in (64, 96, 128, 256)
+    ),
+    extend("extend scale and soft cap", (30, 100), (20, 20), sm_scale=0.3, logits_soft_cap=2.0),
     extend("extend shared prefix", (20, 100), (30, 94), shared_pages=4),
     extend("extend fp16", (30, 100), (20, 20), dtype=torch.float16),
     extend("extend multi-query", (30, 100), num_heads=16, num_kv_heads=1),

@@ -133,7 +133,7 @@ def attend(
         out,
         lse,
         rows_per_tile=rows_per_tile,
-        sm_scale=case.head_dim**-0.5,
+        sm_scale=case.head_dim**-0.5 if case.sm_scale is None else case.sm_scale,
         causal=case.causal,
         window_left=case.window_left,
         logits_soft_cap=case.logits_soft_cap,
@@ -184,7 +184,7 @@ def check_out(problem: Problem, out: torch.Tensor) -> torch.Tensor:
 
 
 def assert_close(
-    name: str, actual: torch.Tensor, truth: torch.Tensor, plain: torch.Tensor, case: Case, terms: int = 1
+    name: str, actual: torch.Tensor, truth: torch.Tensor, plain: torch.Tensor, case: object, terms: int = 1
 ) -> None:
     """NaN and infinity in the same places, then ``|actual - truth| <= 2 max|plain - truth| + atol``.
 

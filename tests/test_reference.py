@@ -20,6 +20,7 @@ CASES = [
     extend("window", (6, 9), (2, 2), window_left=2, **SMALL),
     extend("not causal window", (6, 9), causal=False, window_left=2, **SMALL),
     extend("soft cap", (6, 9), logits_soft_cap=0.5, **SMALL),
+    extend("scale", (6, 9), sm_scale=2.0, logits_soft_cap=1.0, **SMALL),
 ]
 
 
@@ -40,7 +41,8 @@ def naive(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
                         continue
                     page = int(problem.kv_indices[first_page + j // case.page_size])
                     k = k_cache[page][j % case.page_size][head // case.group]
-                    logit = sum(a * b for a, b in zip(q[token][head], k, strict=True)) / math.sqrt(case.head_dim)
+                    logit = sum(a * b for a, b in zip(q[token][head], k, strict=True))
+                    logit *= case.sm_scale or 1 / math.sqrt(case.head_dim)
                     if case.logits_soft_cap:
                         logit = case.logits_soft_cap * math.tanh(logit / case.logits_soft_cap)
                     weights.append(math.exp(logit))
