@@ -12,13 +12,15 @@ import torch
 
 pytest.importorskip("sglang")
 
+import kit
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.test.kits.attention_unittest.attention_methods import dense_attention as sglang_kit
 
 from flashcore_sglang import reference
 from flashcore_sglang.plugin import BACKEND, create_backend, register
 
-TOLERANCE = 1e-5  # fp32: the same sums in another order
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 CONTEXT = 320  # a multiple of every page size
 DECODE = {"forward_mode": ForwardMode.DECODE, "prefix_lens": (0, 63, 130, 299)}
 EXTEND = {"forward_mode": ForwardMode.EXTEND, "prefix_lens": (0, 63, 130, 250), "extend_lens": (40, 1, 0, 70)}
@@ -28,12 +30,15 @@ BATCHES = {"decode": DECODE, "graph": DECODE, "extend": EXTEND, "mixed": MIXED}
 
 @dataclass(frozen=True)
 class Shape:
+    """An attention layer and its pages; ``scale`` None: 1 / sqrt(head_dim)."""
+
     num_heads: int
     num_kv_heads: int
     head_dim: int
     page_size: int
     window: int = -1
     cap: float = 0.0
+    scale: float | None = None
 
     def __str__(self) -> str:
         masks = f"w{self.window}-cap{self.cap}"
@@ -42,30 +47,34 @@ class Shape:
 
 SHAPES = (
     Shape(8, 1, 64, 1, window=50, cap=3.0),
-    Shape(16, 1, 96, 5, window=63),
-    Shape(10, 2, 256, 5, cap=5.0),
+    Shape(16, 1, 96, 5, window=63, scale=0.2),
+    Shape(10, 2, 256, 5, cap=5.0, scale=0.1),
     Shape(12, 2, 128, 8, window=7, cap=2.0),
-    Shape(14, 2, 96, 8),
+    Shape(14, 2, 96, 8, scale=0.05),
     Shape(4, 4, 256, 16, window=100, cap=4.0),
-    Shape(7, 1, 64, 64, window=0),
+    Shape(7, 1, 64, 64, window=0, scale=0.3),
 )
 
 
-def contiguous(tokens: int, widths: list[int]) -> list[torch.Tensor]:
-    return [torch.randn(tokens, width) for width in widths]
+def contiguous(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    return tensors
 
 
-def fused(tokens: int, widths: list[int]) -> list[torch.Tensor]:
+def fused(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     """Slices of one projection, as Llama's and Qwen's."""
-    return list(torch.randn(tokens, sum(widths)).split(widths, dim=1))
+    return list(torch.cat(tensors, dim=1).split([tensor.shape[1] for tensor in tensors], dim=1))
 
 
-def transposed(tokens: int, widths: list[int]) -> list[torch.Tensor]:
+def transposed(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     """The channels of a head lie apart."""
-    return [torch.randn(width, tokens).t() for width in widths]
+    return [tensor.t().contiguous().t() for tensor in tensors]
 
 
-CASES = [(shape, fused) for shape in SHAPES] + [(SHAPES[0], contiguous), (SHAPES[3], transposed)]
+Layout = Callable[[list[torch.Tensor]], list[torch.Tensor]]
+CASES: list[tuple[Shape, Layout]] = [(shape, fused) for shape in SHAPES] + [
+    (SHAPES[0], contiguous),
+    (SHAPES[3], transposed),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +84,7 @@ def _backend() -> Iterator[None]:
         yield
 
 
-def make_fixture(shape: Shape, batch: str) -> Any:
+def make_fixture(shape: Shape, batch: str, device: str) -> Any:
     """SGLang's runner, pools and batch; the backend of a model with one layer of ``shape``; a pool full of NaN."""
     case = sglang_kit.DenseAttentionCase(
         name=batch,
@@ -90,11 +99,12 @@ def make_fixture(shape: Shape, batch: str) -> Any:
         case,
         head_dim=shape.head_dim,
         max_context_len=CONTEXT,
-        dtype=torch.float32,
-        device="cpu",
+        dtype=DTYPES[device],
+        device=device,
     )
     layer = fixture.actual_module.attn
     layer.sliding_window_size, layer.logit_cap = shape.window, shape.cap
+    layer.scaling = shape.scale or shape.head_dim**-0.5
     fixture.runner.model = fixture.actual_module
     fixture.backend = create_backend(fixture.runner)
     pool = fixture.runner.token_to_kv_pool
@@ -103,31 +113,32 @@ def make_fixture(shape: Shape, batch: str) -> Any:
     return fixture
 
 
-def slots_of(fixture: Any) -> list[torch.Tensor]:
-    """Pool slots of the tokens of each request."""
+def slots_of(fixture: Any) -> torch.Tensor:
+    """Pool slots of the tokens of all requests, one request after the other."""
     table = fixture.runner.req_to_token_pool.req_to_token
-    return [table[request, :n].long() for request, n in enumerate(fixture.case.seq_lens)]
+    return torch.cat([table[request, :n].long() for request, n in enumerate(fixture.case.seq_lens)])
 
 
-def expected(fixture: Any, shape: Shape, q: torch.Tensor) -> torch.Tensor:
-    """The truth over the pool as it is, token by token: no page table is involved."""
+def expected(fixture: Any, shape: Shape, q: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Attention over the pool as it is, token by token: no page table is involved."""
     pool = fixture.runner.token_to_kv_pool
-    k_cache, v_cache = (buffer[0].double().unsqueeze(1) for buffer in (pool.k_buffer, pool.v_buffer))
     lens = torch.tensor([fixture.case.input_lens, fixture.case.seq_lens])
     qo_indptr, kv_indptr = torch.nn.functional.pad(lens.cumsum(1), (1, 0))
     out, _ = reference.paged_attention(
-        q.reshape(-1, shape.num_heads, shape.head_dim).double(),
-        k_cache,
-        v_cache,
+        q.reshape(-1, shape.num_heads, shape.head_dim).to(dtype),
+        pool.k_buffer[0].unsqueeze(1),
+        pool.v_buffer[0].unsqueeze(1),
         qo_indptr,
         kv_indptr,
-        torch.cat(slots_of(fixture)),
+        slots_of(fixture),
         torch.ones(len(fixture.case.seq_lens), dtype=torch.int32),
         causal=True,
+        sm_scale=shape.scale,
         window_left=shape.window,
         logits_soft_cap=shape.cap,
+        dtype=dtype,
     )
-    return out.flatten(1).float()
+    return out.flatten(1)
 
 
 def plan(fixture: Any, batch: str, padded: int) -> None:
@@ -150,46 +161,60 @@ def plan(fixture: Any, batch: str, padded: int) -> None:
     )
 
 
+def replayed(forward: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """What a captured ``forward`` writes when it is replayed."""
+    forward()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = forward()
+    out.fill_(torch.nan)
+    graph.replay()
+    torch.cuda.synchronize()
+    return out
+
+
 @pytest.mark.parametrize("saves", [True, False], ids=["saves", "saved"])
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("shape, layout", CASES, ids=lambda value: value.__name__ if callable(value) else str(value))
-def test_against_the_truth(
-    shape: Shape, layout: Callable[[int, list[int]], list[torch.Tensor]], batch: str, saves: bool
-) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_against_the_truth(device: str, shape: Shape, layout: Layout, batch: str, saves: bool) -> None:
     """With ``save_kv_cache=False`` the model has stored K and V: what else it passes must not be read."""
-    fixture = make_fixture(shape, batch)
+    fixture = make_fixture(shape, batch, device)
     pool, forward_batch = fixture.runner.token_to_kv_pool, fixture.forward_batch
-    present = torch.cat(slots_of(fixture))
+    present = slots_of(fixture)
     for buffer in (pool.k_buffer[0], pool.v_buffer[0]):
-        buffer[present] = torch.randn(len(present), shape.num_kv_heads, shape.head_dim)
+        buffer[present] = torch.randn(len(present), shape.num_kv_heads, shape.head_dim).to(buffer)
     tokens = padded = fixture.case.num_input_tokens
     if batch == "graph":
         padded += 2
         forward_batch.out_cache_loc = torch.nn.functional.pad(forward_batch.out_cache_loc, (0, 2))  # the dummy page
-    kv_width = shape.num_kv_heads * shape.head_dim
-    q, k, v = layout(padded, [shape.num_heads * shape.head_dim, kv_width, kv_width])
-    if not saves:
-        k, v = k.clone().fill_(torch.nan), v.clone().fill_(torch.nan)
+    heads = (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)
+    values = [torch.randn(padded, n * shape.head_dim).to(pool.k_buffer[0]) for n in heads]
+    q, k, v = layout(values if saves else [values[0], *(x.fill_(torch.nan) for x in values[1:])])
 
     plan(fixture, batch, padded)
-    forward = fixture.backend.forward_decode if batch in ("decode", "graph") else fixture.backend.forward_extend
-    out = forward(q, k, v, fixture.actual_module.attn, forward_batch, save_kv_cache=saves)
+    decodes = batch in ("decode", "graph")
+    forward = fixture.backend.forward_decode if decodes else fixture.backend.forward_extend
+
+    def call() -> torch.Tensor:
+        return forward(q, k, v, fixture.actual_module.attn, forward_batch, save_kv_cache=saves)
+
+    out = replayed(call) if batch == "graph" and device == "cuda" else call()
 
     assert out.shape == q.shape
-    assert out[:tokens].isfinite().all()
     if saves:
         stored = pool.k_buffer[0][forward_batch.out_cache_loc[:tokens]]
         assert torch.equal(stored.flatten(1), k[:tokens])
-    truth = expected(fixture, shape, q[:tokens])
-    torch.testing.assert_close(out[:tokens], truth, atol=TOLERANCE, rtol=TOLERANCE)
+    truth, plain = (expected(fixture, shape, q[:tokens], dtype) for dtype in (torch.float64, q.dtype))
+    kit.assert_close("out", out[:tokens], truth, plain, shape)
+    assert out[tokens:].isfinite().all()
 
 
 def test_an_idle_batch_has_an_empty_output() -> None:
     """What a rank without requests runs, between batches of others."""
     shape = SHAPES[0]
-    fixture = make_fixture(shape, "decode")
-    widths = [shape.num_heads * shape.head_dim, shape.head_dim, shape.head_dim]
+    fixture = make_fixture(shape, "decode", "cpu")
     idle = SimpleNamespace(forward_mode=ForwardMode.IDLE)
     fixture.backend.init_forward_metadata(idle)
-    out = fixture.backend.forward(*contiguous(0, widths), fixture.actual_module.attn, idle)
-    assert out.shape == (0, widths[0])
+    q, k, v = (torch.empty(0, n * shape.head_dim) for n in (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads))
+    assert fixture.backend.forward(q, k, v, fixture.actual_module.attn, idle).shape == q.shape

@@ -13,6 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flashcore_sglang import ops, variants
+from flashcore_sglang.bench.cases import Heads, PrefillCase
+from flashcore_sglang.bench.prefill import sdpa_difference
 from flashcore_sglang.planner import Count
 
 FP32 = [replace(case, name=f"fp32 {case.name}", dtype=torch.float32) for case in CASES[::4]]
@@ -250,6 +252,17 @@ def test_random(variant: str, case: Case, num_ctas: int) -> None:
     problem = make(case, device)
     plan = kit.make_plan(problem, rows_per_tile=rows_per_tile, num_ctas=num_ctas)
     kit.check(problem, *kit.attend(problem, plan, variant=variant, rows_per_tile=rows_per_tile))
+
+
+@pytest.mark.parametrize("variant", CUDA)
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_whole_prefill_is_that_of_sdpa(causal: bool, variant: str) -> None:
+    """What this project's predecessor was held to."""
+    reason = variants.unavailable(variants.BY_NAME[variant], variants.device_of("cuda"))
+    if reason:
+        pytest.skip(reason)
+    case = PrefillCase(16, 2048, Heads(16, 16, 64), causal=causal, dtype=torch.float16)
+    assert sdpa_difference(case, variant) < 2e-3
 
 
 def test_build_info() -> None:

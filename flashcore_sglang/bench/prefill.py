@@ -73,6 +73,15 @@ def error(case: PrefillCase, out: torch.Tensor, q: torch.Tensor, cache: tuple[to
     return overall(errors)
 
 
+def sdpa_difference(case: PrefillCase, variant: str) -> float:
+    """Largest difference of the whole output to PyTorch's SDPA; infinite where a number is not finite."""
+    q, k, v, cache = _inputs(case)
+    expected = peers.prefill_fa2(case, q, k, v, cache)
+    assert expected is not None, f"{case.name}: SDPA reads no cached prefix"
+    difference = flashcore_call(case, variant, q, cache)().double() - expected().double()
+    return difference.abs().nan_to_num(math.inf).max().item()
+
+
 def per_head(case: PrefillCase, rows: list[Row]) -> str:
     """A line: microseconds a head of all requests, by backend, beside what reading q, k and v and writing out takes."""
     heads = case.heads.qo

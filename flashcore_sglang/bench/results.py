@@ -23,6 +23,7 @@ FORMATS = {
     "accuracy": ".3f",
     "kv_read": ".3f",
     "max_error": ".1e",
+    "sdpa_difference": ".1e",
     "rms_error": ".1e",
 }  # of a metric's values; .2f else
 

@@ -22,8 +22,14 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, str]]] = {
     "topk": ("", {"FLASHCORE_POLICY": "topk"}),  # by its default budget, which holds all keys
     "deterministic": ("--enable-deterministic-inference", {}),
     "decode-only": ("--prefill-attention-backend fa3 --decode-attention-backend flashcore_sparse", {}),
+    "prefill-only": ("--prefill-attention-backend flashcore_sparse --decode-attention-backend fa3", {}),
     "tensor-parallel": ("--tp-size 2", {}),
 }
+# The scheduler expects answers of 8 tokens: it takes in as many prompts as fit, and has to send some back.
+TINY_POOL = (
+    "--page-size 1 --max-total-tokens 900 --chunked-prefill-size 96 --schedule-conservativeness 0.05",
+    {"SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "8"},
+)
 NEEDED_GPUS = {"tensor-parallel": 2}
 
 
@@ -42,7 +48,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory, logs: Path) -> Iterator[di
             device="cuda",
             environment=environment,
         )
-        for name, (flags, environment) in {"fa3": ("", {}), **CONFIGURATIONS}.items()
+        for name, (flags, environment) in {"fa3": ("", {}), "tiny-pool": TINY_POOL, **CONFIGURATIONS}.items()
         if NEEDED_GPUS.get(name, 1) <= torch.cuda.device_count()
     }
     yield servers
@@ -90,6 +96,17 @@ def test_prefixes_that_come_and_go(server: Server, fa3: Server, fa3_spread: floa
         assert any(result.cached_tokens >= 3584 for result in results)
         assert max(deviations(results, fa3)) <= fa3_spread
         server.flush()  # no page is lost; what comes next lies in other pages
+    assert len(server.generate([1, 2, 3], new_tokens=4).tokens) == 4
+
+
+def test_retraction_under_a_tiny_pool_of_single_tokens(
+    servers: dict[str, Server], fa3: Server, fa3_spread: float
+) -> None:
+    server = servers["tiny-pool"]
+    results = server.generate_all(random_prompts(range(25, 345, 20), seed=5), new_tokens=96)
+    assert any(result.retractions for result in results)
+    assert max(deviations(results, fa3)) <= fa3_spread
+    server.flush()
     assert len(server.generate([1, 2, 3], new_tokens=4).tokens) == 4
 
 
