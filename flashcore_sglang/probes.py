@@ -148,6 +148,12 @@ def driver() -> Iterator[Check]:
             yield Check(f"gpu {index}", "warn", detail, fix)
         else:
             yield Check(f"gpu {index}", "ok", detail)
+    torch: Any = sys.modules.get("torch")
+    if count.value and torch is not None and not torch.cuda.is_available():
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+        detail = f"torch {torch.__version__} sees none of them: CUDA_VISIBLE_DEVICES is {hidden!r}"
+        fix = "unset CUDA_VISIBLE_DEVICES, or install a torch that is built for CUDA 13; the CPU kernels are used"
+        yield Check("gpu in torch", "warn", detail, fix)
 
 
 def cublaslt() -> Iterator[Check]:

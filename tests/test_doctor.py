@@ -7,7 +7,9 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -217,6 +219,60 @@ def test_stub_libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert on_path.status == "fail"
     assert f"remove {stubs} from LD_LIBRARY_PATH" in on_path.fix
     assert (dangling.status, dangling.detail) == ("warn", f"no such folder: {tmp_path}/gone")
+
+
+class FakeDriver:
+    """libcuda with one GPU, as far as the probe asks it."""
+
+    def __init__(self, status: int = 0, version: int = 13000, capability: tuple[int, int] = (9, 0)) -> None:
+        self.status, self.version, self.capability = status, version, capability
+
+    def cuInit(self, flags: int) -> int:  # noqa: N802
+        return self.status
+
+    def __getattr__(self, name: str) -> Callable[..., int]:
+        values = {"cuDriverGetVersion": self.version, "cuDeviceGetCount": 1, "cuGetErrorString": b"some error"}
+
+        def call(*arguments: Any) -> int:
+            target = arguments[1] if name == "cuGetErrorString" else arguments[0]
+            if name == "cuDeviceGetAttribute":
+                target._obj.value = self.capability[arguments[1] - 75]
+            elif name == "cuDeviceGetName":
+                target.value = b"Some GPU"
+            elif name in values:
+                target._obj.value = values[name]
+            return 0
+
+        return call
+
+
+DRIVERS = [
+    (FakeDriver(), {"driver": "ok", "gpu 0": "ok"}, "Some GPU, sm_90"),
+    (FakeDriver(capability=(7, 5)), {"driver": "ok", "gpu 0": "warn"}, "compute capability 8.0 or newer"),
+    (FakeDriver(version=12080), {"driver": "fail", "gpu 0": "ok"}, "install a driver for CUDA 13"),
+    (FakeDriver(status=100), {"driver": "skip"}, "cuInit finds no GPU"),
+    (FakeDriver(status=34), {"driver": "fail"}, "a stub library was loaded: see `stub libraries`"),
+    (FakeDriver(status=999), {"driver": "fail"}, "cuInit: 999 some error"),
+]
+
+
+@pytest.mark.parametrize("driver, statuses, words", DRIVERS)
+def test_driver(driver: FakeDriver, statuses: dict[str, str], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probes.ctypes, "CDLL", lambda name: driver)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    checks = list(probes.driver())
+    assert {check.name: check.status for check in checks} == statuses
+    assert any(words in f"{check.detail} {check.fix}" for check in checks)
+
+
+def test_a_gpu_that_torch_does_not_see(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probes.ctypes, "CDLL", lambda name: FakeDriver())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    *_, last = probes.driver()
+    assert (last.name, last.status) == ("gpu in torch", "warn")
+    assert "CUDA_VISIBLE_DEVICES is ''" in last.detail
+    assert last.fix.startswith("unset CUDA_VISIBLE_DEVICES")
 
 
 def test_loaded_libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
