@@ -13,6 +13,7 @@ import torch
 pytest.importorskip("sglang")
 
 import kit
+from sglang.srt.layers.attention import base_attn_backend
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.test.kits.attention_unittest.attention_methods import dense_attention as sglang_kit
 
@@ -119,7 +120,7 @@ def slots_of(fixture: Any) -> torch.Tensor:
     return torch.cat([table[request, :n].long() for request, n in enumerate(fixture.case.seq_lens)])
 
 
-def expected(fixture: Any, shape: Shape, q: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def expected(fixture: Any, shape: Shape, slots: torch.Tensor, q: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Attention over the pool as it is, token by token: no page table is involved."""
     pool = fixture.runner.token_to_kv_pool
     lens = torch.tensor([fixture.case.input_lens, fixture.case.seq_lens])
@@ -130,7 +131,7 @@ def expected(fixture: Any, shape: Shape, q: torch.Tensor, dtype: torch.dtype) ->
         pool.v_buffer[0].unsqueeze(1),
         qo_indptr,
         kv_indptr,
-        slots_of(fixture),
+        slots,
         torch.ones(len(fixture.case.seq_lens), dtype=torch.int32),
         causal=True,
         sm_scale=shape.scale,
@@ -148,17 +149,18 @@ def plan(fixture: Any, batch: str, padded: int) -> None:
         backend.init_forward_metadata(forward_batch)
         return
     more = padded - forward_batch.batch_size
-    backend.init_cuda_graph_state(padded, padded)
-    backend.init_forward_metadata_out_graph(
-        SimpleNamespace(
-            forward_mode=forward_batch.forward_mode,
-            req_pool_indices=torch.nn.functional.pad(forward_batch.req_pool_indices, (0, more)),
-            seq_lens=torch.nn.functional.pad(
-                forward_batch.seq_lens, (0, more), value=backend.get_cuda_graph_seq_len_fill_value()
-            ),
-            seq_lens_cpu=None,
-        )
+    fill = backend.get_cuda_graph_seq_len_fill_value()
+    view = SimpleNamespace(
+        forward_mode=forward_batch.forward_mode,
+        req_pool_indices=torch.nn.functional.pad(forward_batch.req_pool_indices, (0, more)),
+        seq_lens=torch.nn.functional.pad(forward_batch.seq_lens, (0, more), value=fill),
+        seq_lens_cpu=None,
     )
+    backend.init_cuda_graph_state(padded, padded)
+    backend.init_forward_metadata_out_graph(view)
+    # Once a decode graph is planned the scheduler goes on to the next batch, in the same tensors.
+    for tensor in (view.req_pool_indices, view.seq_lens, fixture.runner.req_to_token_pool.req_to_token):
+        tensor.fill_(7)
 
 
 def replayed(forward: Callable[[], torch.Tensor]) -> torch.Tensor:
@@ -205,9 +207,37 @@ def test_against_the_truth(device: str, shape: Shape, layout: Layout, batch: str
     if saves:
         stored = pool.k_buffer[0][forward_batch.out_cache_loc[:tokens]]
         assert torch.equal(stored.flatten(1), k[:tokens])
-    truth, plain = (expected(fixture, shape, q[:tokens], dtype) for dtype in (torch.float64, q.dtype))
+    truth, plain = (expected(fixture, shape, present, q[:tokens], dtype) for dtype in (torch.float64, q.dtype))
     kit.assert_close("out", out[:tokens], truth, plain, shape)
     assert out[tokens:].isfinite().all()
+
+
+def test_a_padded_extend_fills_the_output_that_it_is_given() -> None:
+    """As breakable prefill graphs give it; DP attention pads with tokens of no request."""
+    shape = SHAPES[0]
+    fixture = make_fixture(shape, "extend", "cpu")
+    pool, forward_batch = fixture.runner.token_to_kv_pool, fixture.forward_batch
+    present = slots_of(fixture)
+    for buffer in (pool.k_buffer[0], pool.v_buffer[0]):
+        buffer[present] = torch.randn(len(present), shape.num_kv_heads, shape.head_dim)
+    tokens = fixture.case.num_input_tokens
+    q = torch.randn(tokens + 3, shape.num_heads * shape.head_dim)
+    forward_batch._attn_output = torch.full_like(q, torch.nan)
+    plan(fixture, "extend", tokens)
+    fixture.backend.forward_extend(q, None, None, fixture.actual_module.attn, forward_batch)
+    out = forward_batch._attn_output
+    truth = expected(fixture, shape, present, q[:tokens], torch.float64)
+    torch.testing.assert_close(out[:tokens], truth.float(), atol=1e-5, rtol=1e-5)
+    assert not out[tokens:].any()
+
+
+def test_reads_of_the_schedulers_tensors_end_before_a_replay() -> None:
+    """What 0.5.23 asks, to let the scheduler rewrite them; 0.5.17 takes it for granted."""
+    ends = getattr(base_attn_backend, "SharedReadEnds", None)
+    if ends is None:
+        pytest.skip("this SGLang does not ask")
+    backend = make_fixture(SHAPES[0], "decode", "cpu").backend
+    assert backend.shared_read_ends(ForwardMode.DECODE) is ends.PRE_REPLAY
 
 
 def test_an_idle_batch_has_an_empty_output() -> None:
