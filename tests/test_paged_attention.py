@@ -101,10 +101,14 @@ def test_plans_are_written_in_place(device: str) -> None:
     assert len(buffers) == 2  # one for both decode plans
 
 
-def test_run_allocates_nothing() -> None:
-    problem = make(decode("allocations", 700, 3, 90))
+@pytest.mark.parametrize("policy", ["exact", "window", "topk"])
+@pytest.mark.parametrize("case", [decode("decode", 700, 3, 90), extend("extend", (9, 700), (3, 3))], ids=str)
+def test_run_allocates_nothing(case: Case, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("SINK_TOKENS", 32), ("RECENT_TOKENS", 64), ("BUDGET_TOKENS", 256)):
+        monkeypatch.setenv(f"FLASHCORE_{name}", str(value))
+    problem = make(case)
     attention = PagedAttention(device="cpu")
-    plan(attention, problem)
+    plan(attention, problem, policy=policy)
     run(attention, problem)
     with torch.profiler.profile(profile_memory=True) as profile:
         run(attention, problem)
