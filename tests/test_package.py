@@ -1,5 +1,6 @@
 """The distribution as users meet it: metadata, entry points, a light import, and errors of the loader that help."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,12 @@ def test_metadata() -> None:
     assert DISTRIBUTION.version == flashcore_sglang.__version__
     assert DISTRIBUTION.metadata["License-Expression"] == "Apache-2.0"
     assert "Tag: py3-none-" in (DISTRIBUTION.read_text("WHEEL") or "")
+
+
+def test_dependencies() -> None:
+    required = [line for line in DISTRIBUTION.requires or [] if "extra ==" not in line]
+    names = {re.split(r"[<>=]", line)[0] for line in required}
+    assert names == {"torch", "pydantic", "pydantic-settings", "PyYAML", "rich"}
 
 
 def test_licence_is_shipped() -> None:

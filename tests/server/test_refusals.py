@@ -27,6 +27,11 @@ REFUSED = (
         {"FLASHCORE_POLICY": "topk"},
     ),
     Refused(
+        "other-dtype",
+        "--kv-cache-dtype bfloat16",
+        ("a KV cache of another dtype than the model's: torch.bfloat16 for torch.float32", "--kv-cache-dtype auto"),
+    ),
+    Refused(
         "unknown-setting",
         "",
         ("unknown environment variable FLASHCORE_BUDGET; did you mean FLASHCORE_BUDGET_TOKENS?",),
