@@ -32,7 +32,8 @@ def diagnose() -> list[Check]:
             checks.extend(probe())
         except Exception as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
-            checks.append(Check(name, "fail", reason, "see the checks before this one"))
+            missing = isinstance(error, ImportError)
+            checks.append(Check(name, "fail", reason, INSTALL if missing else "see the checks before this one"))
     return checks
 
 

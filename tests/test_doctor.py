@@ -76,6 +76,7 @@ def test_nothing_is_installed() -> None:
     assert checks["sglang"].fix == "pip install 'sglang>=0.5.17,<=0.5.23'"
     assert checks["config"].status == "fail"  # pydantic and PyYAML are missing, too
     assert "No module named" in checks["config"].detail
+    assert checks["config"].fix.startswith("pip install flashcore-sglang")
     assert checks["self-test"].status == "skip"
     assert checks["python"].status == "ok"
 
