@@ -103,7 +103,7 @@ struct SparseRows {
 
   // Pages that a request of `pages` reads under policy topk.
   constexpr int32_t topk_pages(int32_t pages) const {
-    const int32_t share = static_cast<int32_t>((int64_t{pages} * budget_share + 65535) / 65536);
+    const auto share = static_cast<int32_t>((static_cast<uint64_t>(pages) * budget_share + 65535) / 65536);
     const int32_t wanted = share > budget_pages ? share : budget_pages;
     return wanted < list_pages ? wanted : list_pages;
   }

@@ -74,26 +74,32 @@ FLASHCORE_HD float log_sum_exp(float a, float b) {
 // What vector 0 or 1 of a summary is multiplied with.
 FLASHCORE_HD float query_form(SummaryKind kind, int32_t vector, float q) {
   if (kind == SummaryKind::min_max) return vector == 0 ? smaller(q, 0.0f) : larger(q, 0.0f);
-  return vector == 0 || q > 0.0f ? q : -q;
+  return vector == 0 ? q : std::bit_cast<float>(std::bit_cast<uint32_t>(q) & 0x7fffffffu);
 }
 
 // How the two products, and then the heads of a group, become one score.
 struct ScoreRule {
   GroupReduction reduction;
-  float weight;  // of the second vector
-  float scale;   // to logits for logsumexp, else 1
+  float weight;    // of the second vector
+  float sm_scale;  // to logits, for logsumexp
 
   FLASHCORE_HD explicit ScoreRule(const SelectParams& p)
       : reduction(p.group_reduction),
         weight(p.pages.summaries.kind == SummaryKind::mean_std ? p.std_weight : 1.0f),
-        scale(reduction == GroupReduction::logsumexp ? p.sm_scale : 1.0f) {}
+        sm_scale(p.sm_scale) {}
   FLASHCORE_HD float join(float first, float second) const { return add(first, multiply(weight, second)); }
   // The first `heads` heads gave `reduced`. A mean's divisor does not change the order and is left out.
+  template <GroupReduction kReduction>
   FLASHCORE_HD float reduce(int32_t heads, float reduced, float score) const {
-    score = multiply(score, scale);
+    if (kReduction == GroupReduction::logsumexp) score = multiply(score, sm_scale);
     if (heads == 0) return score;
-    if (reduction == GroupReduction::max) return larger(reduced, score);
-    return reduction == GroupReduction::mean ? add(reduced, score) : log_sum_exp(reduced, score);
+    if (kReduction == GroupReduction::max) return larger(reduced, score);
+    return kReduction == GroupReduction::mean ? add(reduced, score) : log_sum_exp(reduced, score);
+  }
+  FLASHCORE_HD float reduce(int32_t heads, float reduced, float score) const {
+    if (reduction == GroupReduction::max) return reduce<GroupReduction::max>(heads, reduced, score);
+    if (reduction == GroupReduction::mean) return reduce<GroupReduction::mean>(heads, reduced, score);
+    return reduce<GroupReduction::logsumexp>(heads, reduced, score);
   }
 };
 

@@ -10,7 +10,8 @@
 // Shared a ring of 24 loads for each warp, filled by cp.async. A lane reads what it has copied itself: no barrier.
 //
 // Not tensor cores: at 4 query heads a KV head the products take half of the time that the bytes do, and only sums in a
-// known order choose the same pages on every machine.
+// known order choose the same pages on every machine. Requests that share pages score them one by one, from L2: read
+// once, their summaries would leave as many instructions, as each request brings its queries (scripts/bench/NOTES.md).
 #pragma once
 
 #include <cuda_runtime.h>
@@ -53,66 +54,78 @@ struct Traits {
   static constexpr int kSharedBytes = kWarps * sizeof(Ring);
 };
 
+// What of a request is scored.
 template <class Traits>
-__device__ int32_t units_of(const Choice& choice) {
-  return (choice.columns() + Traits::kColumns - 1) / Traits::kColumns;
+struct Span {
+  int32_t units = 0;  // of each KV head
+  int32_t end = 0;    // columns: from the sinks to here
+  int32_t table = 0;  // where its page ids begin
+
+  Span() = default;
+  __device__ Span(const SelectParams& p, int32_t r) {
+    if (r >= p.pages.batch) return;
+    const Choice choice(p, r);
+    units = (choice.columns() + Traits::kColumns - 1) / Traits::kColumns;
+    end = choice.middle_end;
+    table = p.plan.kv_indptr[r];
+  }
+  // That of another lane. All lanes ask.
+  __device__ Span of_lane(int32_t other) const {
+    Span span;
+    span.units = __shfl_sync(~0u, units, other);
+    span.end = __shfl_sync(~0u, end, other);
+    span.table = __shfl_sync(~0u, table, other);
+    return span;
+  }
+};
+
+// All units of the batch. The lanes of a warp count together; `own` is of the request of the lane's number.
+template <class Traits>
+__device__ int32_t count_units(const SelectParams& p, const Span<Traits>& own) {
+  int32_t units = own.units;
+#pragma unroll 1
+  for (int32_t r = kWarp + threadIdx.x % kWarp; r < p.pages.batch; r += kWarp) units += Span<Traits>(p, r).units;
+  return __reduce_add_sync(~0u, units) * p.pages.num_kv_heads;
 }
 
 // A unit of the line.
 template <class Traits>
 struct Cursor {
-  int32_t r, kv_head, unit, units;  // unit of `units` of the (request, KV head)
-  int32_t begin, end;               // columns that are scored
-  const int32_t* table;
+  Span<Traits> span;
+  int32_t r, kv_head, unit;  // unit of span.units of the (request, KV head)
 
-  // The unit `wanted` of the line. The lanes of a warp look together.
-  __device__ Cursor(const SelectParams& p, int32_t wanted) {
+  // The unit `wanted` of the line. The lanes of a warp look together; `own` as above.
+  __device__ Cursor(const SelectParams& p, Span<Traits> own, int32_t wanted) {
     const int32_t lane = threadIdx.x % kWarp, heads = p.pages.num_kv_heads;
     int32_t before = 0;
-    for (int32_t base = 0;; base += kWarp) {
-      const int32_t own = base + lane < p.pages.batch ? units_of<Traits>(Choice(p, base + lane)) : 0;
-      const int32_t through = before + warp_scan(own * heads);
+#pragma unroll 1
+    for (int32_t base = 0;; base += kWarp, own = Span<Traits>(p, base + lane)) {
+      const int32_t through = before + warp_scan(own.units) * heads;
       const uint32_t past = __ballot_sync(~0u, through > wanted);
       before = __shfl_sync(~0u, through, kWarp - 1);
       if (past == 0) continue;
       const int32_t found = __ffs(past) - 1;
-      open(p, base + found);
-      const int32_t offset = wanted - (__shfl_sync(~0u, through, found) - units * heads);
-      kv_head = offset / units;
-      unit = offset % units;
+      r = base + found;
+      span = own.of_lane(found);
+      const int32_t offset = wanted - (__shfl_sync(~0u, through, found) - span.units * heads);
+      kv_head = offset / span.units;
+      unit = offset - kv_head * span.units;
       return;
     }
   }
 
   // To the next unit, which exists; says whether it is of another request or KV head.
   __device__ bool advance(const SelectParams& p) {
-    if (++unit < units) return false;
+    if (++unit < span.units) return false;
     unit = 0;
     if (++kv_head < p.pages.num_kv_heads) return true;
     kv_head = 0;
-    do open(p, r + 1);
-    while (units == 0);
+    do span = Span<Traits>(p, ++r);
+    while (span.units == 0);
     return true;
   }
-  __device__ int32_t column() const { return begin + unit * Traits::kColumns; }
-
- private:
-  __device__ void open(const SelectParams& p, int32_t request) {
-    const Choice choice(p, request);
-    r = request;
-    units = units_of<Traits>(choice);
-    begin = choice.middle_begin;
-    end = choice.middle_end;
-    table = choice.table;
-  }
+  __device__ int32_t column(const SelectParams& p) const { return p.sparse.sink_pages + unit * Traits::kColumns; }
 };
-
-template <class Traits>
-__device__ int32_t count_units(const SelectParams& p) {
-  int32_t units = 0;
-  for (int32_t r = threadIdx.x % kWarp; r < p.pages.batch; r += kWarp) units += units_of<Traits>(Choice(p, r));
-  return __reduce_add_sync(~0u, units) * p.pages.num_kv_heads;
-}
 
 // A lane's channels of the queries of one (request, KV head), in the forms that its vectors are multiplied with.
 template <class Traits>
@@ -129,6 +142,16 @@ struct Queries {
     for (int g = 0; g < Traits::kHeads; ++g) {
       blocks[g] = g < heads && owns ? load_block(q + (first_head + g) * p.q_stride_head) : Block<T>{};
     }
+    if (p.pages.summaries.kind == SummaryKind::min_max) {
+      shape<SummaryKind::min_max>(blocks, vector);
+    } else {
+      shape<SummaryKind::mean_std>(blocks, vector);  // of which kind mean has the first vector
+    }
+  }
+
+ private:
+  template <SummaryKind kKind>
+  __device__ void shape(const Block<typename Traits::T> (&blocks)[Traits::kHeads], int32_t vector) {
 #pragma unroll
     for (int g = 0; g < Traits::kHeads; ++g) {
       float values[kBlock];
@@ -136,9 +159,7 @@ struct Queries {
 #pragma unroll
       for (int part = 0; part < Traits::kParts; ++part) {
 #pragma unroll
-        for (int i = 0; i < kBlock; ++i) {
-          form[g][part][i] = query_form(p.pages.summaries.kind, vector + part, values[i]);
-        }
+        for (int i = 0; i < kBlock; ++i) form[g][part][i] = query_form(kKind, vector + part, values[i]);
       }
     }
   }
@@ -156,6 +177,8 @@ struct Scorer {
   typename Traits::Ring& ring;
   const ScoreRule rule;
   const int32_t group, lane, side, vector, channel;  // vector: the first that the lane owns channels of
+  const int32_t kept;  // of the loads of a unit, the one of which the lane ends with the sums
+  const uint32_t head_bytes, page_bytes;
 
   __device__ Scorer(const SelectParams& params, typename Traits::Ring& ring)
       : p(params),
@@ -165,13 +188,14 @@ struct Scorer {
         lane(threadIdx.x % kWarp),
         side(lane / Traits::kPageLanes),
         vector(lane % Traits::kPageLanes / Traits::kVectorLanes),
-        channel(lane % Traits::kVectorLanes * kBlock) {}
+        channel(lane % Traits::kVectorLanes * kBlock),
+        kept(lane % Traits::kVectorLanes / Traits::kHolders),
+        head_bytes(Traits::kVectors * p.pages.head_dim * sizeof(S)),
+        page_bytes(p.pages.num_kv_heads * head_bytes) {}
 
-  // Scores units [first, last) of the line.
-  __device__ void run(int32_t first, int32_t last) const {
-    const int32_t units = last - first;
-    if (units <= 0) return;
-    Cursor<Traits> now(p, first), ahead = now;
+  // Scores `units` units of the line, of which `now` is the first.
+  __device__ void run(Cursor<Traits> now, int32_t units) const {
+    Cursor<Traits> ahead = now;
     int32_t ids = load_ids(ahead), fetched = 0;  // page ids of the unit that is fetched next
     const auto fetch = [&] {
       if (fetched < units) {
@@ -183,22 +207,24 @@ struct Scorer {
       }
       copy_async_commit();  // an empty group at the end, so that the count of groups stays that of units
     };
-#pragma unroll 1
-    for (int i = 0; i + 1 < kStages; ++i) fetch();
     Queries<Traits> queries;
-    load_queries(now, 0, queries);
+    bool others = true;  // whether the queries are not those of `now`
+    // One loop, also for the first fetches: between two layers the caches lose the code, and each copy of a part of it
+    // would come from memory once more.
 #pragma unroll 1
-    for (int32_t i = 0; i < units; ++i) {
+    for (int32_t i = 1 - kStages; i < units; ++i) {
       fetch();
+      if (i < 0) continue;
+      if (others) load_queries(now, 0, queries);
       copy_async_wait<kStages - 1>();
       score_unit(now, ring[i % kStages], queries);
-      if (i + 1 < units && now.advance(p)) load_queries(now, 0, queries);
+      others = i + 1 < units && now.advance(p);
     }
   }
 
  private:
   __device__ int32_t load_ids(const Cursor<Traits>& at) const {
-    return at.table[min(at.column() + lane % Traits::kColumns, at.end - 1)];
+    return p.plan.kv_indices[at.span.table + min(at.column(p) + lane % Traits::kColumns, at.span.end - 1)];
   }
 
   __device__ void load_queries(const Cursor<Traits>& at, int32_t first, Queries<Traits>& queries) const {
@@ -207,18 +233,20 @@ struct Scorer {
 
   __device__ void copy_summaries(int32_t ids, int32_t kv_head, Stage& stage) const {
     const int32_t dim = p.pages.head_dim;
-    const S* summaries = static_cast<const S*>(p.pages.summaries.data) + channel;
+    const auto* summaries = static_cast<const unsigned char*>(p.pages.summaries.data) + kv_head * head_bytes +
+                            (vector * dim + channel) * sizeof(S);
+    const uint32_t to = shared_address(&stage[0][0][lane]);
 #pragma unroll
     for (int i = 0; i < kDeep; ++i) {
-      const int64_t page = __shfl_sync(~0u, ids, i * Traits::kSide + side);
-      const S* summary = summaries + ((page * p.pages.num_kv_heads + kv_head) * Traits::kVectors + vector) * dim;
+      const uint32_t page = __shfl_sync(~0u, ids, i * Traits::kSide + side);
+      const auto* summary = reinterpret_cast<const S*>(summaries + uint64_t{page} * page_bytes);
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
-        const uint32_t to = shared_address(&stage[i][part][lane]);
+        const uint32_t block = to + (i * kParts + part) * sizeof(stage[0][0]);
         if constexpr (sizeof(Block<S>) == 16) {
-          copy_async_16<128>(to, summary + part * dim, channel < dim);
+          copy_async_16<128>(block, summary + part * dim, channel < dim);
         } else {
-          copy_async_8(to, summary + part * dim, channel < dim);
+          copy_async_8(block, summary + part * dim, channel < dim);
         }
       }
     }
@@ -233,9 +261,9 @@ struct Scorer {
       }
       load_queries(at, 0, queries);
     }
-    const int32_t page = lane % Traits::kVectorLanes / Traits::kHolders * Traits::kSide + side;
-    const int32_t column = at.column() + page;
-    if (lane % Traits::kHolders == 0 && vector == 0 && column < at.end) scores_of(p, at.r, at.kv_head)[column] = score;
+    const int32_t column = at.column(p) + kept * Traits::kSide + side;
+    const bool holds = lane % Traits::kHolders == 0 && vector == 0 && column < at.span.end;
+    if (holds) scores_of(p, at.r, at.kv_head)[column] = score;
   }
 
   // The score of this lane's page when the heads from `first` on, at most kHeads, join those before them.
@@ -246,7 +274,7 @@ struct Scorer {
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
         float values[kBlock];
-        unpack(stage[i][part][lane], values);
+        unpack(stage[i ^ kept][part][lane], values);
 #pragma unroll
         for (int g = 0; g < kHeads; ++g) {
           float sum = 0.0f;
@@ -257,36 +285,45 @@ struct Scorer {
       }
     }
     reduce_lanes<kDeep, Traits::kVectorLanes / 2>(sums);
+    float own[kHeads];
 #pragma unroll
     for (int g = 0; g < kHeads; ++g) {
-      float own = sums[0][g][0];
+      own[g] = sums[0][g][0];
       if constexpr (kParts == 2) {
-        own = rule.join(own, sums[0][g][1]);
+        own[g] = rule.join(own[g], sums[0][g][1]);
       } else if constexpr (Traits::kVectors == 2) {
-        own = rule.join(own, __shfl_xor_sync(~0u, own, Traits::kVectorLanes));  // only vector 0 has it right
+        own[g] = rule.join(own[g], __shfl_xor_sync(~0u, own[g], Traits::kVectorLanes));  // only vector 0 has it right
       }
-      if (first + g < group) score = rule.reduce(first + g, score, own);
+    }
+    if (rule.reduction == GroupReduction::max) return reduce_heads<GroupReduction::max>(own, first, score);
+    if (rule.reduction == GroupReduction::mean) return reduce_heads<GroupReduction::mean>(own, first, score);
+    return reduce_heads<GroupReduction::logsumexp>(own, first, score);
+  }
+
+  template <GroupReduction kReduction>
+  __device__ float reduce_heads(const float (&own)[kHeads], int32_t first, float score) const {
+#pragma unroll
+    for (int g = 0; g < kHeads; ++g) {
+      if (first + g < group) score = rule.reduce<kReduction>(first + g, score, own[g]);
     }
     return score;
   }
 
   // Sums over the lanes of a vector, from the far half to the near one. As long as there are several pages each half of
-  // the lanes goes on with half of them.
+  // the lanes goes on with half of them. Lanes have the pages in an order of their own, i ^ kept, in which those that
+  // they go on with come first: no lane has to choose.
   template <int kPages, int kDistance>
   __device__ void reduce_lanes(Sums& sums) const {
     if constexpr (kDistance > 0) {
       constexpr int kKept = kPages > 1 ? kPages / 2 : 1;
-      const bool upper = lane & kDistance;
 #pragma unroll
       for (int i = 0; i < kKept; ++i) {
 #pragma unroll
         for (int g = 0; g < kHeads; ++g) {
 #pragma unroll
           for (int part = 0; part < kParts; ++part) {
-            float& low = sums[i][g][part];
-            const float high = kPages > 1 ? sums[i + kPages / 2][g][part] : low;
-            const float sent = upper ? low : high, kept = upper ? high : low;
-            low = __fadd_rn(kept, __shfl_xor_sync(~0u, sent, kDistance));
+            const float sent = sums[kPages > 1 ? i + kKept : i][g][part];
+            sums[i][g][part] = __fadd_rn(sums[i][g][part], __shfl_xor_sync(~0u, sent, kDistance));
           }
         }
       }
@@ -305,9 +342,12 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) score_kernel(SelectParam
   if (threadIdx.x % kWarp == 0 && ids < p.sparse.begin) prefetch_l2(p.plan.kv_indices + ids);
   wait_for_primary();
   allow_dependents();  // behind the wait, so that select finds all that is older than this kernel finished
-  const int64_t units = count_units<Traits>(p);
-  Scorer<Traits>(p, rings[threadIdx.x / kWarp])
-      .run(static_cast<int32_t>(units * warp / warps), static_cast<int32_t>(units * (warp + 1) / warps));
+  const Span<Traits> own(p, threadIdx.x % kWarp);
+  const int32_t units = count_units(p, own), each = units / warps, more = units - each * warps;
+  const int32_t taken = each + (warp < more);
+  if (taken == 0) return;
+  const Cursor<Traits> first(p, own, warp * each + min(warp, more));
+  Scorer<Traits>(p, rings[threadIdx.x / kWarp]).run(first, taken);
 }
 
 template <class Traits>
