@@ -55,6 +55,14 @@ def test_a_right_step_passes(fills_page: bool) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_a_layer_that_reuses_the_selection_reads_the_same_pages(device: str) -> None:
+    sparse, _, _ = steps(CASE, device=device)
+    expected = sparse.out.clone()
+    sparse.out.fill_(float("nan"))
+    assert torch.equal(sparse.reuse(), expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_attention_beside_select_reads_what_select_writes(device: str) -> None:
     """On a GPU it begins while select still runs."""
     sparse, _, _ = steps(CASE, device=device)

@@ -3,7 +3,8 @@
 Every request reads everything in the peers and in `flashcore:exact`, and the pages of policy topk in `flashcore`: the
 scores of all pages, the choice of each KV head and the attention over it, as one layer of a decode step runs them.
 That is the common step, whose tokens end no page; `flashcore:fills_page` is the one in `page_size` steps that also
-summarises the page which every request has filled.
+summarises the page which every request has filled. `flashcore:reuses` is a layer that reads the pages which the layer
+before it has chosen (`reuse_layers`).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from .timing import measure, measure_all
 
 EXACT = f"{OURS}:exact"
 FILLS_PAGE = f"{OURS}:fills_page"
+REUSES = f"{OURS}:reuses"
 _CHECKED = 4  # requests compared with fp64
 _SINK_TOKENS, _RECENT_TOKENS = 128, 512
 
@@ -93,7 +95,7 @@ SPARSE_CASES = [
 
 
 class Step:
-    """One layer of a decode step under one policy, over given caches."""
+    """One layer of a decode step under one policy, and one that reuses its selection, over given caches."""
 
     def __init__(self, case: SparseCase, policy: Policy, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         h, device = case.heads, q.device
@@ -124,7 +126,7 @@ class Step:
         self.case, self.capacity = case, capacity
         self.q, self.k, self.v = q, k, v
         self.missing = 0  # keys that the last page of a request lacks
-        spec = SummarySpec([0], h.dim, k.dtype, max_columns=case.pages)
+        spec = SummarySpec([0, 1], h.dim, k.dtype, max_columns=case.pages, reuse_layers=2)
         self.summaries = Summaries(spec, k.shape[0], h.kv, device)
         self.planner: Planner = make_planner(options, capacity, device, self.summaries)
         self.out = torch.full_like(q, float("nan"))
@@ -143,6 +145,10 @@ class Step:
 
     def run(self) -> torch.Tensor:
         return self.attend(self.planner.for_layer(0, self.q, self.k))
+
+    def reuse(self) -> torch.Tensor:
+        """The layer behind it, which reads what it has chosen."""
+        return self.attend(self.planner.for_layer(1, self.q, self.k))
 
     def attend(self, plan: Plan) -> torch.Tensor:
         self.kernel.attend(
@@ -246,6 +252,8 @@ def run(results: Results, cases: list[SparseCase], peer_names: Collection[str], 
             problem = problem or check(sparse, exact, table)
         if problem is None:
             calls |= {OURS: sparse.run, EXACT: exact.run}
+            if case.pages_read < case.pages:
+                calls[REUSES] = sparse.reuse
             times = measure_all(calls, repeats)
             if case.pages_read < case.pages:
                 results.add(case.name, OURS, "select_us", *measure(sparse.select, repeats))
