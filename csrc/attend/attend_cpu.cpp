@@ -6,6 +6,7 @@
 #include <utility>
 #include <vector>
 
+#include "arithmetic.h"
 #include "attend/element_cpu.h"
 #include "attend/threads_cpu.h"
 #include "params.h"
@@ -17,7 +18,6 @@ using AttendCta = void (*)(const AttendParams&, int cta);
 
 constexpr int kBlock = 64;  // keys that are widened at a time: K and V of head_dim 128 take 64 KiB
 constexpr float kNoKeys = -std::numeric_limits<float>::infinity();
-constexpr float kLog2E = 1.44269504088896341f;
 
 inline int token_of(const Plan& plan, const Row& row, int index) {
   return row.flags & kPacked ? plan.row_tokens[row.q_begin + index] : row.q_begin + index;

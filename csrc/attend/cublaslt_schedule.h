@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "arithmetic.h"
 #include "params.h"
 
 namespace flashcore {
@@ -92,7 +93,6 @@ struct CublasLtSchedule {
   }
 
  private:
-  static int32_t ceil_div(int32_t x, int32_t y) { return (x + y - 1) / y; }
   static int32_t round_up(int32_t x, int32_t y) { return ceil_div(x, y) * y; }
 };
 

@@ -14,6 +14,7 @@
 
 #include <type_traits>
 
+#include "arithmetic.h"
 #include "attend/merge_order.h"
 #include "attend/partial_list.cuh"
 #include "device/dependent_launch.cuh"
@@ -70,6 +71,28 @@ __device__ __forceinline__ float warp_max(float x) {
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, step));
   return x;
+}
+
+// The output of an item from its sums, and its LSE from their weights relative to `maximum`; all lanes of a warp.
+template <typename Element, int kHeadDim>
+__device__ __forceinline__ void write_merged(const AttendParams& p, int item,
+                                             const Channels<kHeadDim> (&sums)[kMergeSums],
+                                             const float (&weights)[kMergeSums], float maximum) {
+  using Sum = Channels<kHeadDim>;
+  const int lane = threadIdx.x % 32;
+  const float weight = add_merge_sums(weights[0], weights[1], weights[2], weights[3]);
+  const float inverse = weight > 0.0f ? 1.0f / weight : 0.0f;
+  auto* out = reinterpret_cast<uint32_t*>(static_cast<Element*>(p.out) + static_cast<int64_t>(item) * kHeadDim);
+#pragma unroll
+  for (int v = 0; v < Sum::kPerLane; v += 2) {
+    float x[2];
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      x[e] = add_merge_sums(sums[0].x[v + e], sums[1].x[v + e], sums[2].x[v + e], sums[3].x[v + e]) * inverse;
+    }
+    if (!Sum::none()) out[(lane * Sum::kPerLane + v) / 2] = pack2<Element>(x[0], x[1]);
+  }
+  if (p.lse != nullptr && lane == 0) p.lse[item] = weight > 0.0f ? maximum + log2f(weight) : -INFINITY;
 }
 
 // Merges `heads` query heads of one KV head one by one: their partial results stand side by side. kShare warps work on
@@ -166,20 +189,7 @@ __device__ __forceinline__ void merge_heads(const AttendParams& p, int first_ite
         all_weights[i] = weights[i];
       }
     }
-    const int item = first_item + head;
-    const float weight = add_merge_sums(all_weights[0], all_weights[1], all_weights[2], all_weights[3]);
-    const float inverse = weight > 0.0f ? 1.0f / weight : 0.0f;
-    auto* out = reinterpret_cast<uint32_t*>(static_cast<Element*>(p.out) + static_cast<int64_t>(item) * kHeadDim);
-#pragma unroll
-    for (int v = 0; v < Sum::kPerLane; v += 2) {
-      float x[2];
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        x[e] = add_merge_sums(all[0].x[v + e], all[1].x[v + e], all[2].x[v + e], all[3].x[v + e]) * inverse;
-      }
-      if (!Sum::none()) out[(lane * Sum::kPerLane + v) / 2] = pack2<Element>(x[0], x[1]);
-    }
-    if (p.lse != nullptr && lane == 0) p.lse[item] = weight > 0.0f ? maximum + log2f(weight) : -INFINITY;
+    write_merged<Element>(p, first_item + head, all, all_weights, maximum);
   }
 }
 
@@ -260,8 +270,6 @@ __global__ void __launch_bounds__(32 * kWarps, ctas_per_sm(kHeadDim))
 }
 
 // ---------------------------------------------------------------------------------------- launcher
-
-int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 template <typename Element, int kHeadDim>
 int launch(const AttendParams& p) {

@@ -6,9 +6,9 @@
 
 #include <cstdint>
 
-namespace flashcore {
+#include "arithmetic.h"
 
-constexpr float kLog2E = 1.4426950408889634f;
+namespace flashcore {
 
 // 2^x to 2 ulp; exp2(-inf) = 0.
 __device__ __forceinline__ float exp2_fast(float x) {

@@ -6,20 +6,17 @@
 // cut has a closed form, so that tiles are found in parallel and come out the same on every machine.
 #pragma once
 
+#include "arithmetic.h"
 #include "params.h"
 
-// FLASHCORE_HD: host and device code. FLASHCORE_TEAM: device code in a CUDA source, host code in a C++ one.
+// Device code in a CUDA source, host code in a C++ one.
 #ifdef __CUDACC__
-#define FLASHCORE_HD __host__ __device__ inline
 #define FLASHCORE_TEAM __device__ inline
 #else
-#define FLASHCORE_HD inline
 #define FLASHCORE_TEAM inline
 #endif
 
 namespace flashcore {
-
-FLASHCORE_HD int32_t ceil_div(int32_t a, int32_t b) { return (a + b - 1) / b; }
 
 // A divisor that the host knows, as a multiplication (Granlund and Montgomery, PLDI 1994): a division is 25 dependent
 // instructions, and dependent instructions are what planning takes its time for. Exact for 0 <= n < 2^31.

@@ -14,6 +14,7 @@
 
 #include <bit>
 
+#include "arithmetic.h"
 #include "plan/schedule.h"
 
 namespace flashcore {
@@ -48,8 +49,6 @@ FLASHCORE_HD float polynomial(const float (&coefficients)[kCount], float x) {  /
   for (int i = 1; i < kCount; ++i) value = add(multiply(value, x), coefficients[i]);
   return value;
 }
-
-constexpr float kLog2E = 1.44269504f;
 
 // 2^-t for 0 <= t < 126, to 1e-7; exactly 1 for 0.
 FLASHCORE_HD float power_of_half(float t) {
