@@ -257,6 +257,17 @@ def test_cuda_plans_any_tables_as_the_cpu_does(batch: Batch) -> None:
 
 
 @pytest.mark.gpu
+def test_cuda_plans_more_requests_than_shared_memory_holds() -> None:
+    """A CTA keeps 8 bytes a request at hand and more, in at most 227 KB."""
+    requests = 30_000
+    batch = Batch([[0, 1 + r] for r in range(requests)], [4097] * requests, page_size=4096)
+    on_gpu = batch.plan("cuda")
+    assert on_gpu.counts[Count.ROWS_PACKED] == -(-requests // 4)
+    for a, b in zip(used_parts(on_gpu, batch), used_parts(batch.plan(), batch), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.gpu
 def test_a_captured_plan_follows_the_tables() -> None:
     """One graph for a batch size: what is shared, and how much work there is, changes between replays."""
     batches = [TREES["four groups"], TREES["one prefix"], from_tree(leaves(64, 3000), 64, **HOPPER)]

@@ -1,12 +1,12 @@
 // From page tables (and the walks of share.h) to rows, cuts and CTA ranges: everything in a plan that needs a sum over
-// what comes before. write.h writes the rest of it, each item by itself.
+// what comes before. It is left in Sums; write.h makes the plan of that, each item by itself.
 //
 // Team runs it: one CPU thread, or the threads of one CTA. It offers
-//   for_each(n, f)       f(i) for every i, finished when it returns
-//   scan(n, value, f)    f(i, sum of value(j) for j < i) for every i; returns the whole sum. f(i) follows value(i) in
-//                        the same thread, so that the one may leave something for the other in a captured variable
-//   beside(values, n)    room for a copy of n values that is quicker to read; values itself where there is none
-// so that both produce the same plan from the same source.
+//   scan(n, value, f)    f(i, sum of value(j) for j < i) for every i, finished when it returns the whole sum. f(i)
+//                        follows value(i) in the same thread, so that the one may leave something for the other in a
+//                        captured variable
+// so that both produce the same plan from the same source. An item that adds nothing stands behind the others where the
+// whole sum is to be left as well.
 #pragma once
 
 #include "plan/share.h"
@@ -76,6 +76,10 @@ struct FixedCuts {
     }
     if (split_units < units) tiles = ceil_div(units, split_units);
   }
+  // Those of row i, once rows are placed.
+  FLASHCORE_HD FixedCuts(const PlanJob& p, const Sums& s, int32_t i)
+      : split_units(s.row_split[i]), tiles((s.row_tiles[i + 1] - s.row_tiles[i]) / p.by_head) {}
+
   // Whether all tiles of the row leave partial results, even if the line cuts none of its pairs.
   FLASHCORE_HD bool merged(const Row& row) const { return tiles > 1 || !(row.flags & kSole); }
 };
@@ -86,10 +90,10 @@ struct RequestRows {
   int32_t levels = 0;
   int32_t packed_end = 0;  // first key that is in no packed row
 
-  FLASHCORE_HD RequestRows(const PlanJob& p, const Scratch& s, bool share, int32_t r) : request(request_of(p, r)) {
+  FLASHCORE_HD RequestRows(const PlanJob& p, const Found& found, bool share, int32_t r) : request(request_of(p, r)) {
     if (!share) return;
-    levels = s.levels[r];
-    packed_end = s.packed_columns[r] * p.page_size;
+    levels = found.levels[r];
+    packed_end = found.packed_columns[r] * p.page_size;
   }
   FLASHCORE_HD int32_t own_rows(const PlanJob& p) const {
     if (request.q_len == 1) return packed_end == 0 || packed_end < request.kv_len;
@@ -100,135 +104,133 @@ struct RequestRows {
   }
 };
 
-// Whether every pair is one tile, if the line does not cut it.
-FLASHCORE_HD bool one_tile_each(const PlanJob& p, int32_t num_packed) { return p.split_keys == 0 && num_packed == 0; }
+// What there is of everything; nothing of a batch that does not fit.
+struct Totals {
+  int32_t rows = 0, packed_rows = 0, uncut = 0, cuts = 0, partials = 0, pages = 0;
+  bool fits = false;
 
-// Tiles of the rows before row i, as if the line were not cut.
-FLASHCORE_HD int32_t tiles_before(const PlanJob& p, const Scratch& s, int32_t num_packed, int32_t i) {
-  return one_tile_each(p, num_packed) ? i * p.num_kv_heads : s.row_tiles[i];
-}
+  FLASHCORE_HD int32_t tiles() const { return uncut + cuts; }
+  // Whether every pair is one tile, if the line does not cut it.
+  FLASHCORE_HD bool one_tile_each(const PlanJob& p) const { return p.split_keys == 0 && packed_rows == 0; }
+};
+
+constexpr int32_t kTogether = 32;  // threads that take a branch together
 
 template <class Team>
-struct Builder {
+class Builder {
   const PlanJob& p;
-  const Scratch& s;
+  const Found& found;
+  const Sums& s;
   Team& team;
   const bool share;
+  Totals total;
 
-  FLASHCORE_TEAM Builder(const PlanJob& job, const Scratch& scratch, Team& team)
-      : p(job), s(scratch), team(team), share(shares_pages(job)) {}
+ public:
+  FLASHCORE_TEAM Builder(const PlanJob& job, const Found& found, const Sums& sums, Team& team)
+      : p(job), found(found), s(sums), team(team), share(shares_pages(job)) {}
 
-  FLASHCORE_TEAM void build() {
-    if (!fill()) give_up();
+  FLASHCORE_TEAM Totals build() {
+    const Plan& plan = p.plan;
+    const bool fits = batch_fits(p);
+    const RequestSum whole = place_requests();
+    total.packed_rows = whole.node_rows;
+    total.rows = whole.node_rows + whole.own_rows;
+    if (!fits || total.rows > s.max_rows || whole.node_tokens > plan.max_row_tokens ||
+        whole.merge_entries > plan.max_merge) {
+      return {};
+    }
+    const RowSum sum = place_rows();
+    total.uncut = sum.tiles;
+    total.pages = sum.pages;
+    const CutSum cuts = cut_line(sum);
+    total.cuts = cuts.cuts;
+    total.partials = sum.partials + cuts.partials;
+    if (total.tiles() > plan.max_tiles || total.partials > plan.max_partials) return {};
+    total.fits = true;
+    return total;
   }
 
  private:
-  // False: the plan is larger than its buffers.
-  FLASHCORE_TEAM bool fill() {
-    const Plan& plan = p.plan;
-    const bool fits = batch_fits(p);
-    int32_t* node_rows = share ? team.beside(s.node_row, p.batch * kMaxLevels) : nullptr;
-    int32_t* request_rows = team.beside(s.request_row, p.batch + 1);
-    const RequestSum whole = place_requests(node_rows, request_rows);
-    const int32_t num_packed = whole.node_rows, num_rows = num_packed + whole.own_rows;
-    if (!fits || num_rows > plan.max_rows || whole.node_tokens > plan.max_row_tokens ||
-        whole.merge_entries > plan.max_merge) {
-      return false;
-    }
-    Row* rows = team.beside(plan.rows, num_rows);
-    int64_t* row_cost = team.beside(s.row_cost, num_rows + 1);
-    const RowSum sum = place_rows(num_rows, num_packed, node_rows, request_rows, rows, row_cost);
-    const CutSum cuts = cut_line(rows, row_cost, num_rows, num_packed, sum);
-    const int32_t num_tiles = sum.tiles + cuts.cuts, num_partials = sum.partials + cuts.partials;
-    if (num_tiles > plan.max_tiles || num_partials > plan.max_partials) return false;
-    team.for_each(1, [&](int32_t) {
-      plan.tile_indptr[num_rows * p.num_kv_heads] = num_tiles;
-      plan.counts[kNumRows] = num_rows;
-      plan.counts[kNumTiles] = num_tiles;
-      plan.counts[kNumPartials] = num_partials;
-      plan.counts[kPagesRead] = sum.pages;
-      plan.counts[kPagesDense] = plan.kv_indptr[p.batch];
-      plan.counts[kRowsPacked] = num_packed;
-      plan.counts[kOverflow] = 0;
-      plan.counts[kNextTile] = 0;
-      plan.counts[kNextShortTile] = 0;
-    });
-    return true;
-  }
-
-  FLASHCORE_TEAM RequestSum place_requests(int32_t* node_rows, int32_t* request_rows) {
-    RequestSum nodes[kMaxLevels];
-    const RequestSum sum = team.template scan<RequestSum>(
-        p.batch,
+  FLASHCORE_TEAM RequestSum place_requests() {
+    RequestSum nodes[kMaxLevels] = {};
+    return team.template scan<RequestSum>(
+        p.batch + 1,
         [&](int32_t r) {
-          const RequestRows rows(p, s, share, r);
-          RequestSum own = {0, 0, rows.own_rows(p), rows.merge_entries(p)};
+          if (r == p.batch) return RequestSum{};
+          int32_t members[kMaxLevels];  // read before anything waits for what is read
           for (int32_t level = 0; share && level < kMaxLevels; ++level) {
-            const int32_t members = s.members[r * kMaxLevels + level];
-            nodes[level] = {NodeRows(p, members).rows, members, 0, 0};
-            own = own + nodes[level];
+            members[level] = found.chain[r * kMaxLevels + level].members;
           }
-          return own;
+          const RequestRows rows(p, found, share, r);
+          RequestSum sum = {0, 0, rows.own_rows(p), rows.merge_entries(p)};
+          for (int32_t level = 0; share && level < kMaxLevels; ++level) {
+            nodes[level] = {NodeRows(p, members[level]).rows, members[level], 0, 0};
+            sum = sum + nodes[level];
+          }
+          return sum;
         },
         [&](int32_t r, RequestSum before) {
-          s.request_row[r] = request_rows[r] = before.own_rows;
+          s.request_row[r] = before.own_rows;
           s.request_merge[r] = before.merge_entries;
-          for (int32_t level = 0; share && level < kMaxLevels; ++level) {
-            const int32_t node = r * kMaxLevels + level;
-            s.node_row[node] = node_rows[node] = before.node_rows;
-            s.node_token[node] = before.node_tokens;
+          for (int32_t level = 0; share && level < kMaxLevels && r < p.batch; ++level) {
+            s.node_row[r * kMaxLevels + level] = before.node_rows;
+            s.node_token[r * kMaxLevels + level] = before.node_tokens;
             before = before + nodes[level];
           }
         });
-    team.for_each(1, [&](int32_t) {
-      s.request_row[p.batch] = request_rows[p.batch] = sum.own_rows;
-      s.request_merge[p.batch] = sum.merge_entries;
-    });
-    return sum;
   }
 
-  // The rows of nodes, and those of requests behind them.
-  FLASHCORE_TEAM RowSum place_rows(int32_t num_rows, int32_t num_packed, const int32_t* node_rows,
-                                   const int32_t* request_rows, Row* rows, int64_t* row_cost) {
-    const RowSum sum = team.template scan<RowSum>(
-        num_rows,
-        [&](int32_t i) {
-          Row row;
-          if (i < num_packed) {
-            const int32_t node = find_segment(node_rows, 0, p.batch * kMaxLevels, i);
-            row = node_row(node, i - node_rows[node]);
-          } else {
-            const int32_t r = find_segment(request_rows, 0, p.batch, i - num_packed);
-            row = request_row(r, i - num_packed - request_rows[r]);
-          }
-          p.plan.rows[i] = rows[i] = row;
+  // The rows of nodes, and those of requests behind them. Items that are no row stand between, so that no warp has
+  // both.
+  FLASHCORE_TEAM RowSum place_rows() {
+    const int32_t gap = (kTogether - total.packed_rows % kTogether) % kTogether;
+    const auto row_at = [&](int32_t item) {
+      if (item < total.packed_rows) return item;
+      return item < total.packed_rows + gap ? -1 : item - gap;
+    };
+    return team.template scan<RowSum>(
+        total.rows + gap + 1,
+        [&](int32_t item) {
+          const int32_t i = row_at(item);
+          if (i < 0 || i == total.rows) return RowSum{};
+          const Row row = row_of(i);
+          s.rows[i] = row;
           const PairWork work = work_of(row, p.group);
-          const FixedCuts cuts(p, row, work.units, num_packed);
+          const FixedCuts cuts(p, row, work.units, total.packed_rows);
+          s.row_split[i] = cuts.split_units;
           const int32_t tiles = cuts.tiles * p.num_kv_heads;
           return RowSum{work.total() * p.num_kv_heads, ceil_div(row.kv_len, p.by_page), tiles,
                         cuts.merged(row) ? tiles * work.packed : 0, static_cast<int32_t>(work.total())};
         },
-        [&](int32_t i, const RowSum& before) { store(i, before, row_cost); });
-    team.for_each(1, [&](int32_t) { store(num_rows, sum, row_cost); });
-    return sum;
+        [&](int32_t item, const RowSum& before) {
+          const int32_t i = row_at(item);
+          if (i < 0) return;
+          s.row_cost[i] = before.cost;
+          s.row_tiles[i] = before.tiles;
+          s.row_partials[i] = before.partials;
+        });
   }
 
-  FLASHCORE_TEAM void store(int32_t row, const RowSum& before, int64_t* row_cost) {
-    s.row_cost[row] = row_cost[row] = before.cost;
-    s.row_tiles[row] = before.tiles;
-    s.row_partials[row] = before.partials;
+  FLASHCORE_TEAM Row row_of(int32_t i) const {
+    if (i < total.packed_rows) {
+      const int32_t node = find_segment(s.node_row, 0, p.batch * kMaxLevels, i);
+      return node_row(node, i - s.node_row[node]);
+    }
+    const int32_t own = i - total.packed_rows, r = find_segment(s.request_row, 0, p.batch, own);
+    return request_row(r, own - s.request_row[r]);
   }
 
   FLASHCORE_TEAM Row node_row(int32_t node, int32_t i) const {
     const int32_t owner = node / kMaxLevels;
-    const NodeRows rows(p, s.members[node]);
+    const int32_t begin = node % kMaxLevels > 0 ? found.chain[node - 1].end : 0;
+    const NodeRows rows(p, found.chain[node].members);
     return dense_row(p, request_of(p, owner), owner, s.node_token[node] + rows.first(i),
-                     rows.first(i + 1) - rows.first(i), s.chain_begin[node] * p.page_size,
-                     s.chain_end[node] * p.page_size, kPacked);
+                     rows.first(i + 1) - rows.first(i), begin * p.page_size, found.chain[node].end * p.page_size,
+                     kPacked);
   }
 
   FLASHCORE_TEAM Row request_row(int32_t r, int32_t i) const {
-    const RequestRows rows(p, s, share, r);
+    const RequestRows rows(p, found, share, r);
     const Request& request = rows.request;
     if (is_sparse(p, request)) return sparse_row(p, request, r);
     if (rows.levels > 0) return dense_row(p, request, r, request.q_begin, 1, rows.packed_end, request.kv_len, 0);
@@ -242,25 +244,24 @@ struct Builder {
     CutSum cut = {0, 0};  // whether there is a new cut, and the partial results it adds
   };
 
-  FLASHCORE_TEAM Start start_of(const Line& line, const Row* rows, const int64_t* row_cost, int32_t num_rows,
-                                int32_t num_packed, const RowSum& sum, int32_t cta) const {
-    if (cta >= line.shares || num_rows == 0) return {.tile = sum.tiles};
+  FLASHCORE_TEAM Start start_of(const Line& line, int32_t cta) const {
+    if (cta >= line.shares || total.rows == 0) return {.tile = total.uncut};
     if (line.whole > 0) {
-      const int32_t pairs = num_rows * p.num_kv_heads, pair = cta * line.whole;
+      const int32_t pairs = total.rows * p.num_kv_heads, pair = cta * line.whole;
       return {.tile = pair < pairs ? pair : pairs};
     }
-    if (line.pieces > 0) return start_of_piece(line, rows, num_rows, cta);
+    if (line.pieces > 0) return start_of_piece(line, cta);
     const int64_t begin = line.begin(cta);
-    const int32_t i = find_segment(row_cost, 0, num_rows, begin);
-    const Row row = rows[i];
+    const int32_t i = find_segment(s.row_cost, 0, total.rows, begin);
+    const Row& row = s.rows[i];
     const PairWork work = work_of(row, p.group);
-    const FixedCuts fixed(p, row, work.units, num_packed);
-    const int64_t in_row = begin - row_cost[i];
+    const FixedCuts fixed(p, s, i);
+    const int64_t in_row = begin - s.row_cost[i];
     const int32_t head = static_cast<int32_t>(divide(in_row, work.total()));
     const int32_t in_pair = static_cast<int32_t>(in_row - head * work.total());
     const int32_t unit = ceil_div(in_pair, work.cost);  // the first one at or after the start of the stretch
-    const int32_t tile = tiles_before(p, s, num_packed, i) + head * fixed.tiles;
-    if (p.split_keys > 0 || i < num_packed) {
+    const int32_t tile = s.row_tiles[i] + head * fixed.tiles;
+    if (p.split_keys > 0 || i < total.packed_rows) {
       const int32_t k = ceil_div(unit, fixed.split_units);
       return {.tile = tile + (k < fixed.tiles ? k : fixed.tiles)};
     }
@@ -275,10 +276,10 @@ struct Builder {
             .cut = {cuts, cuts ? (first ? 2 : 1) * work.packed : 0}};
   }
 
-  FLASHCORE_TEAM Start start_of_piece(const Line& line, const Row* rows, int32_t num_rows, int32_t cta) const {
+  FLASHCORE_TEAM Start start_of_piece(const Line& line, int32_t cta) const {
     const int32_t pair = cta / line.pieces, piece = cta - pair * line.pieces, i = pair / p.by_head;
-    if (i >= num_rows) return {.tile = num_rows * p.num_kv_heads};
-    const PairWork work = work_of(rows[i], p.group);
+    if (i >= total.rows) return {.tile = total.rows * p.num_kv_heads};
+    const PairWork work = work_of(s.rows[i], p.group);
     const int32_t unit = piece * work.units / line.pieces;
     const int32_t unit_before = piece > 0 ? (piece - 1) * work.units / line.pieces : 0;
     const bool cuts = unit > unit_before;  // a pair of fewer units leaves CTAs without
@@ -286,16 +287,14 @@ struct Builder {
         .tile = pair, .pair = pair, .unit = unit, .cut = {cuts, cuts ? (unit_before == 0 ? 2 : 1) * work.packed : 0}};
   }
 
-  FLASHCORE_TEAM CutSum cut_line(const Row* rows, const int64_t* row_cost, int32_t num_rows, int32_t num_packed,
-                                 const RowSum& sum) {
+  FLASHCORE_TEAM CutSum cut_line(const RowSum& sum) {
     Line line(sum.cost, p.plan.num_ctas, p.split_keys == 0);
-    if (one_tile_each(p, num_packed) && num_rows > 0) line.cut_by_pairs(num_rows * p.num_kv_heads, sum.longest);
-    team.for_each(1, [&](int32_t) { *s.line = line; });
+    if (total.one_tile_each(p) && total.rows > 0) line.cut_by_pairs(total.rows * p.num_kv_heads, sum.longest);
     Start start;
-    const CutSum cuts = team.template scan<CutSum>(
+    return team.template scan<CutSum>(
         p.plan.num_ctas + 1,
         [&](int32_t cta) {
-          start = start_of(line, rows, row_cost, num_rows, num_packed, sum, cta);
+          start = start_of(line, cta);
           return start.cut;
         },
         [&](int32_t cta, CutSum before) {
@@ -306,17 +305,10 @@ struct Builder {
           }
           const int32_t upto = before.cuts + start.cut.cuts;
           s.cuts_upto[cta] = upto;
-          p.plan.cta_indptr[cta] = start.tile + upto;
+          s.cta_tile[cta] = start.tile + upto;
+          if (cta == 0) *s.line = line;
+          if (cta == p.plan.num_ctas) s.cut_partials[upto] = before.partials;  // cuts nothing
         });
-    team.for_each(1, [&](int32_t) { s.cut_partials[cuts.cuts] = cuts.partials; });
-    return cuts;
-  }
-
-  // A plan without work, marked unusable.
-  FLASHCORE_TEAM void give_up() {
-    team.for_each(p.plan.num_ctas + 1, [&](int32_t cta) { p.plan.cta_indptr[cta] = 0; });
-    team.for_each(p.num_tokens + 1, [&](int32_t t) { p.plan.merge_indptr[t] = 0; });
-    team.for_each(kNumCounts, [&](int32_t slot) { p.plan.counts[slot] = slot == kOverflow; });
   }
 };
 

@@ -6,11 +6,6 @@ namespace flashcore {
 namespace {
 
 struct OneThread {
-  template <class F>
-  void for_each(int32_t n, F f) const {
-    for (int32_t i = 0; i < n; ++i) f(i);
-  }
-
   template <class T, class Value, class F>
   T scan(int32_t n, Value value, F f) const {
     T sum{};
@@ -20,11 +15,6 @@ struct OneThread {
       sum = sum + own;
     }
     return sum;
-  }
-
-  template <class T>
-  T* beside(T* values, int32_t) const {
-    return values;
   }
 
   template <int kUnroll, class F>
@@ -47,20 +37,20 @@ struct OneThread {
 
 int run_plan_cpu(const PlanParams& params) {
   const PlanJob p(params);
-  const Scratch s = scratch_of(p);
-  if (s.size > p.scratch_size) return 1;
+  const Found found = found_of(p);
+  const Sums sums = sums_of(p, p.scratch + found.size);
+  if (found.size + sums.size > p.scratch_size) return 1;
   OneThread team;
-  Builder<OneThread> builder(p, s, team);
-  if (builder.share) {
-    team.for_each(p.batch, [&](int32_t r) { trace_path(p, s, team, r); });
-    team.for_each(p.batch, [&](int32_t r) { walk(p, s, team, r); });
+  if (shares_pages(p)) {
+    const auto shareable = [&](int32_t i) { return shareable_of(p, request_of(p, i), batch_fits(p)); };
+    const auto path = [&](int32_t round, int32_t i) { return found.paths[i * kMaxLevels + round]; };
+    for (int32_t r = 0; r < p.batch; ++r) trace_path(p, found, team, r, shareable);
+    for (int32_t r = 0; r < p.batch; ++r) walk(p, found, team, r, path, [](int32_t, int32_t) { return true; });
   }
-  builder.build();
-  const Writer writer(p, s);
-  team.for_each(writer.num_tokens(), [&](int32_t t) { writer.write_token(t); });
-  team.for_each(writer.num_uncut(), [&](int32_t uncut) { writer.write_uncut(uncut); });
-  team.for_each(writer.num_cuts(), [&](int32_t cut) { writer.write_cut(cut); });
-  team.for_each(writer.num_listed(), [&](int32_t i) { writer.write_listed(i); });
+  const Totals totals = Builder<OneThread>(p, found, sums, team).build();
+  Writer(p, found, sums, totals).write([](int32_t n, const auto& item) {
+    for (int32_t i = 0; i < n; ++i) item(i);
+  });
   return 0;
 }
 

@@ -1,4 +1,4 @@
-// The planner's working memory: one block of int32, written anew by every plan.
+// The planner's working memory, written anew by every plan.
 #pragma once
 
 #include "params.h"
@@ -9,74 +9,116 @@ namespace flashcore {
 // Packed rows that a request is in at most, and owners its path has at most: every capacity is known in advance.
 constexpr int32_t kMaxLevels = 4;
 
-struct Scratch {
-  // What comes before each row; the last entries hold the whole.
-  int64_t* row_cost;      // [max_rows + 1] work on the line
-  int32_t* row_tiles;     // [max_rows + 1] tiles, as if the line were not cut
-  int32_t* row_partials;  // [max_rows + 1] partial results, as if the line were not cut
-  Line* line;
-  // Where the line is cut inside a pair.
-  int32_t* cut_pair;      // [num_ctas]
-  int32_t* cut_unit;      // [num_ctas] first unit behind the cut
-  int32_t* cut_partials;  // [num_ctas + 1] partial results that the cuts before add
-  int32_t* cuts_upto;     // [num_ctas + 1] cuts at or before the start of each CTA's stretch
-  // What comes before each request; the last entries hold the whole.
-  int32_t* request_row;    // [batch + 1] rows of its own; those of nodes stand in front of them all
-  int32_t* request_merge;  // [batch + 1] entries of merge_rows
-  // Sharing, see share.h. A node is a stretch of page columns that requests have in common;
-  // node = owner * kMaxLevels + level.
-  int32_t* path_owner;      // [kMaxLevels, batch] owners of a request's path, -1 behind its end
-  int32_t* path_end;        // [kMaxLevels, batch] first column in which the request differs from that owner
+// A stretch of a request's page columns in which it follows another one, or itself.
+struct alignas(8) Path {
+  int32_t owner;  // -1: there are no more columns
+  int32_t end;    // first column in which it differs from the owner
+};
+
+// A node is a stretch of page columns that requests have in common; node = owner * kMaxLevels + level. This is what a
+// request's node at a level is to it; its columns begin where those of the level before end.
+struct alignas(16) Link {
+  int32_t owner;    // request whose page table the node's row reads
+  int32_t end;      // page columns
+  int32_t rank;     // requests before this one in the node
+  int32_t members;  // requests in the node, for its owner; 0 for others
+};
+
+// What share.h finds out for build.h and write.h.
+struct Found {
+  Path* paths;              // [batch, kMaxLevels] the owners that a request follows, one after the other
   int32_t* levels;          // [batch] nodes the request is in
   int32_t* packed_columns;  // [batch] page columns [0, packed_columns) of the request are in nodes
-  int32_t* chain_owner;     // [batch, kMaxLevels] request whose page table the node's row reads
-  int32_t* chain_begin;     // [batch, kMaxLevels] page columns [begin, end)
-  int32_t* chain_end;
-  int32_t* chain_rank;  // [batch, kMaxLevels] requests before this one in the node
-  int32_t* members;     // [nodes] requests in the node
-  int32_t* node_row;    // [nodes] rows before it
-  int32_t* node_token;  // [nodes] entries of row_tokens before it
-  int64_t size;         // entries in all
+  Link* chain;              // [batch, kMaxLevels] the nodes of a request, and none behind them; by node for owners
+  int64_t size;             // entries in all, a multiple of 4
+};
+
+// What build.h sums up for write.h: of every row, cut, CTA, request and node what comes before it. Where there is one
+// more entry than items, the last one holds the whole. Every CTA makes these for itself and keeps them beside it.
+struct Sums {
+  Row* rows;              // [max_rows]
+  int64_t* row_cost;      // [max_rows + 1] work on the line
+  Line* line;             // [1]
+  int32_t* row_tiles;     // [max_rows + 1] tiles, as if the line were not cut
+  int32_t* row_partials;  // [max_rows + 1] partial results, as if the line were not cut
+  int32_t* row_split;     // [max_rows] units of a tile, as if the line were not cut
+  // Where the line is cut inside a pair.
+  int32_t* cut_pair;       // [num_ctas]
+  int32_t* cut_unit;       // [num_ctas] first unit behind the cut
+  int32_t* cut_partials;   // [num_ctas + 1] partial results that the cuts before add
+  int32_t* cuts_upto;      // [num_ctas + 1] cuts at or before the start of each CTA's stretch
+  int32_t* cta_tile;       // [num_ctas + 1] first tile of each CTA
+  int32_t* request_row;    // [batch + 1] rows of its own; those of nodes stand in front of them all
+  int32_t* request_merge;  // [batch + 1] entries of merge_rows
+  int32_t* node_row;       // [nodes] rows before it
+  int32_t* node_token;     // [nodes] entries of row_tokens before it
+  int32_t max_rows;
+  int64_t size;  // entries in all, a multiple of 4
 };
 
 FLASHCORE_HD bool shares_pages(const PlanJob& p) {
   return p.share && p.split_keys == 0 && p.window_left < 0 && p.batch > 1 && tokens_per_row(p) > 1;
 }
 
-inline Scratch scratch_of(const PlanJob& p) {
-  Scratch s{};
-  int32_t* next = p.scratch;
-  const auto take = [&](int64_t n) {
-    int32_t* block = next;
-    next += n;
-    return block;
-  };
-  const int64_t rows = static_cast<int64_t>(p.plan.max_rows) + 1, ctas = static_cast<int64_t>(p.plan.num_ctas) + 1;
-  s.row_cost = reinterpret_cast<int64_t*>(take(2 * rows));
-  s.line = reinterpret_cast<Line*>(take(sizeof(Line) / sizeof(int32_t)));
-  s.row_tiles = take(rows);
-  s.row_partials = take(rows);
-  s.cut_pair = take(ctas);
-  s.cut_unit = take(ctas);
-  s.cut_partials = take(ctas);
-  s.cuts_upto = take(ctas);
-  s.request_row = take(p.batch + 1);
-  s.request_merge = take(p.batch + 1);
-  if (shares_pages(p)) {
-    const int64_t nodes = static_cast<int64_t>(p.batch) * kMaxLevels;
-    s.path_owner = take(nodes);
-    s.path_end = take(nodes);
-    s.levels = take(p.batch);
-    s.packed_columns = take(p.batch);
-    s.chain_owner = take(nodes);
-    s.chain_begin = take(nodes);
-    s.chain_end = take(nodes);
-    s.chain_rank = take(nodes);
-    s.members = take(nodes);
-    s.node_row = take(nodes);
-    s.node_token = take(nodes);
+// Hands out pieces of one block of memory.
+struct Block {
+  int32_t* begin;
+  int64_t used = 0;
+
+  template <class T = int32_t>
+  FLASHCORE_HD T* take(int64_t n) {
+    T* piece = reinterpret_cast<T*>(begin + used);
+    used += n * static_cast<int64_t>(sizeof(T) / sizeof(int32_t));
+    return piece;
   }
-  s.size = next - p.scratch;
+  FLASHCORE_HD int64_t size() const { return (used + 3) / 4 * 4; }
+};
+
+FLASHCORE_HD Found found_of(const PlanJob& p) {
+  Found found{};
+  if (!shares_pages(p)) return found;
+  Block block{p.scratch};
+  const int64_t nodes = static_cast<int64_t>(p.batch) * kMaxLevels;
+  found.chain = block.take<Link>(nodes);
+  found.paths = block.take<Path>(nodes);
+  found.levels = block.take(p.batch);
+  found.packed_columns = block.take(p.batch);
+  found.size = block.size();
+  return found;
+}
+
+// Rows that the batch can have. A row of a request ends with it or is full, and holds a token. Nodes are fewer than
+// requests: where one ends its requests part, so that they make a tree with requests at the leaves. A row of a node is
+// its last or is full, and a request is in kMaxLevels nodes at most.
+FLASHCORE_HD int32_t most_rows(const PlanJob& p) {
+  const int32_t ends = p.batch + p.num_tokens / p.by_row, own = ends < p.num_tokens ? ends : p.num_tokens;
+  const int32_t packed = shares_pages(p) ? p.batch + kMaxLevels * p.batch / p.by_row : 0;
+  return own + packed < p.plan.max_rows ? own + packed : p.plan.max_rows;
+}
+
+FLASHCORE_HD Sums sums_of(const PlanJob& p, int32_t* memory) {
+  Sums s{};
+  Block block{memory};
+  const int64_t ctas = static_cast<int64_t>(p.plan.num_ctas) + 1;
+  s.max_rows = most_rows(p);
+  s.rows = block.take<Row>(s.max_rows);
+  s.row_cost = block.take<int64_t>(s.max_rows + 1);
+  s.line = block.take<Line>(1);
+  s.row_tiles = block.take(s.max_rows + 1);
+  s.row_partials = block.take(s.max_rows + 1);
+  s.row_split = block.take(s.max_rows);
+  s.cut_pair = block.take(ctas);
+  s.cut_unit = block.take(ctas);
+  s.cut_partials = block.take(ctas);
+  s.cuts_upto = block.take(ctas);
+  s.cta_tile = block.take(ctas);
+  s.request_row = block.take(p.batch + 1);
+  s.request_merge = block.take(p.batch + 1);
+  if (shares_pages(p)) {
+    s.node_row = block.take(static_cast<int64_t>(p.batch) * kMaxLevels);
+    s.node_token = block.take(static_cast<int64_t>(p.batch) * kMaxLevels);
+  }
+  s.size = block.size();
   return s;
 }
 

@@ -14,6 +14,7 @@
 //   first<kUnroll>(begin, end, f)   the first i in [begin, end) with f(i); end: none. kUnroll: for speed alone
 //   sum(n, value)                   the sum of value(i) over i < n
 //   leads()                         in one of its threads
+// What requests read of each other (`Shareable`, `Path`) is given to them, so that a team may hold copies near by.
 #pragma once
 
 #include "plan/scratch.h"
@@ -32,44 +33,49 @@ FLASHCORE_HD bool pays(const PlanJob& p, int32_t members, int32_t columns) {
   return saved > kStartKeys + merged;
 }
 
-// Full page columns of a request that may be packed; 0 for one that stays alone.
-FLASHCORE_HD int32_t shareable_columns(const PlanJob& p, const Request& request) {
-  return request.q_len == 1 && !is_sparse(p, request) ? request.kv_len / p.by_page : 0;
+// What of a request's page table may be packed: full page columns, none of a request that stays alone.
+struct Shareable {
+  int32_t begin, columns;
+};
+
+FLASHCORE_HD Shareable shareable_of(const PlanJob& p, const Request& request, bool fits) {
+  const bool may = fits && request.q_len == 1 && !is_sparse(p, request);
+  return {request.page_begin, may ? request.kv_len / p.by_page : 0};
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Paths
 // ---------------------------------------------------------------------------------------------------------------------
 
-template <class Team>
-FLASHCORE_TEAM void trace_path(const PlanJob& p, const Scratch& s, Team& team, int32_t r) {
-  const Request request = request_of(p, r);
-  const int32_t columns = batch_fits(p) ? shareable_columns(p, request) : 0;
-  const int32_t* mine = p.plan.kv_indices + request.page_begin;
-  int32_t owner = -1, end = 0;  // the path so far: the request follows `owner` up to column `end`
+// shareable(i): what of request i may be packed, for every i <= r.
+template <class Team, class ShareableOf>
+FLASHCORE_TEAM void trace_path(const PlanJob& p, const Found& found, Team& team, int32_t r,
+                               const ShareableOf& shareable) {
+  const auto [begin, columns] = shareable(r);
+  const int32_t* mine = p.plan.kv_indices + begin;
+  Path path = {-1, 0};  // so far: the request follows `owner` up to column `end`
   for (int32_t round = 0; round < kMaxLevels; ++round) {
-    const int32_t fork = end;
-    const int32_t page = fork < columns ? mine[fork] : -1;
-    // Lower requests than the last owner are not in its class, and so in none of those behind.
-    owner = fork < columns ? owner + 1 : -1;
-    while (fork < columns) {
-      owner = team.template first<2>(owner, r, [&](int32_t other) {
-        const Request candidate = request_of(p, other);
-        return fork < shareable_columns(p, candidate) && p.plan.kv_indices[candidate.page_begin + fork] == page;
-      });
-      end = columns;
-      if (owner == r) break;
-      const Request candidate = request_of(p, owner);
-      const int32_t theirs = shareable_columns(p, candidate);
-      end = team.template first<8>(0, columns < theirs ? columns : theirs, [&](int32_t column) {
-        return p.plan.kv_indices[candidate.page_begin + column] != mine[column];
-      });
-      if (end > fork) break;
-      ++owner;  // the same page after other ones
+    const int32_t fork = path.end;
+    int32_t owner = -1;
+    if (fork < columns) {
+      const int32_t page = mine[fork];
+      // Lower requests than the last owner are not in its class, and so in none of those behind.
+      for (owner = path.owner + 1;; ++owner) {  // beyond the first: the same page after other ones
+        owner = team.template first<2>(owner, r, [&](int32_t other) {
+          const Shareable candidate = shareable(other);
+          return fork < candidate.columns && p.plan.kv_indices[candidate.begin + fork] == page;
+        });
+        path.end = columns;
+        if (owner == r) break;
+        const Shareable candidate = shareable(owner);
+        const int32_t* theirs = p.plan.kv_indices + candidate.begin;
+        const int32_t both = columns < candidate.columns ? columns : candidate.columns;
+        path.end = team.template first<8>(0, both, [&](int32_t column) { return theirs[column] != mine[column]; });
+        if (path.end > fork) break;
+      }
     }
-    if (!team.leads()) continue;
-    s.path_owner[round * p.batch + r] = owner;
-    s.path_end[round * p.batch + r] = end;
+    path.owner = owner;
+    if (team.leads()) found.paths[r * kMaxLevels + round] = path;
   }
 }
 
@@ -88,44 +94,34 @@ struct Edge {
   }
 };
 
-template <class Team>
-FLASHCORE_TEAM void walk(const PlanJob& p, const Scratch& s, const Team& team, int32_t r) {
-  int32_t path_owner[kMaxLevels], path_end[kMaxLevels];
-  for (int32_t round = 0; round < kMaxLevels; ++round) {
-    path_owner[round] = s.path_owner[round * p.batch + r];
-    path_end[round] = s.path_end[round * p.batch + r];
-  }
+// path(round, i) of every request i, and whether it is the owner of another one: followed(round, i).
+template <class Team, class PathOf, class Followed>
+FLASHCORE_TEAM void walk(const PlanJob& p, const Found& found, const Team& team, int32_t r, const PathOf& path,
+                         const Followed& followed) {
   int32_t level = 0;
   int32_t base = 0;  // everything before this column is packed
   int32_t column = 0;
   for (int32_t round = 0; round < kMaxLevels; ++round) {
-    const int32_t* owners = s.path_owner + round * p.batch;
-    const int32_t* ends = s.path_end + round * p.batch;
-    const int32_t owner = path_owner[round], end = path_end[round];
-    if (owner < 0) break;
+    const auto [owner, end] = path(round, r);
+    if (owner < 0 || (owner == r && !followed(round, r))) break;  // no columns, or none that others read
     while (column < end && level < kMaxLevels) {
-      const Edge edge = team.sum(p.batch, [&](int32_t other) {
-        const bool follows = (owners[other] == owner) & (ends[other] > column);  // &: loaded side by side
-        return follows ? Edge{1, other < r, ends[other]} : Edge{};
+      const Edge edge = team.sum(p.batch, [&, owner = owner](int32_t i) {
+        const Path other = path(round, i);
+        return other.owner == owner && other.end > column ? Edge{1, i < r, other.end} : Edge{};
       });
       column = edge.end;
       if (edge.members == 1 || !pays(p, edge.members, edge.end - base)) continue;
       if (team.leads()) {
-        const int32_t at = r * kMaxLevels + level;
-        s.chain_owner[at] = owner;
-        s.chain_begin[at] = base;
-        s.chain_end[at] = edge.end;
-        s.chain_rank[at] = edge.rank;
-        s.members[at] = r == owner ? edge.members : 0;
+        found.chain[r * kMaxLevels + level] = {owner, edge.end, edge.rank, r == owner ? edge.members : 0};
       }
       base = edge.end;
       ++level;
     }
   }
   if (!team.leads()) return;
-  s.levels[r] = level;
-  s.packed_columns[r] = base;
-  for (; level < kMaxLevels; ++level) s.members[r * kMaxLevels + level] = 0;
+  found.levels[r] = level;
+  found.packed_columns[r] = base;
+  for (; level < kMaxLevels; ++level) found.chain[r * kMaxLevels + level] = {};
 }
 
 }  // namespace flashcore

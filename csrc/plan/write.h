@@ -1,5 +1,4 @@
-// What of a plan can be written item by item once build.h has made its sums: tokens, tiles, and the lists of policy
-// window. The items of every function are independent of each other.
+// The plan, written item by item once build.h has made its sums. All items are independent of each other.
 #pragma once
 
 #include "plan/build.h"
@@ -8,44 +7,51 @@ namespace flashcore {
 
 struct Writer {
   const PlanJob& p;
-  const Scratch& s;
+  const Found& found;
+  const Sums& s;
+  const Totals& total;
   const bool share;
-  const int32_t num_rows, num_packed;
 
-  FLASHCORE_TEAM Writer(const PlanJob& job, const Scratch& scratch)
-      : p(job),
-        s(scratch),
-        share(shares_pages(job)),
-        num_rows(job.plan.counts[kNumRows]),
-        num_packed(job.plan.counts[kRowsPacked]) {}
+  FLASHCORE_TEAM Writer(const PlanJob& job, const Found& found, const Sums& sums, const Totals& totals)
+      : p(job), found(found), s(sums), total(totals), share(shares_pages(job)) {}
 
-  // How many items each function has; none of a batch that was given up.
-  FLASHCORE_TEAM int32_t num_tokens() const { return given_up() ? 0 : p.num_tokens + 1; }
-  FLASHCORE_TEAM int32_t num_uncut() const { return given_up() ? 0 : tiles_before(p, s, num_packed, num_rows); }
-  FLASHCORE_TEAM int32_t num_cuts() const { return given_up() ? 0 : s.cuts_upto[p.plan.num_ctas]; }
-  FLASHCORE_TEAM int32_t num_listed() const {
-    return given_up() || p.policy != Policy::window ? 0 : p.batch * p.sparse.list_pages;
+  // Calls each(n, f) with the number of items of every kind and what writes the i-th of them.
+  template <class Each>
+  FLASHCORE_TEAM void write(const Each& each) const {
+    each(total.uncut, [&](int32_t uncut) { write_uncut(uncut); });
+    each(total.cuts, [&](int32_t cut) { write_cut(cut); });
+    each(p.num_tokens + 1, [&](int32_t t) { write_token(t); });
+    each(total.fits ? total.rows : 0, [&](int32_t i) { p.plan.rows[i] = s.rows[i]; });
+    each(p.plan.num_ctas + 1, [&](int32_t cta) { p.plan.cta_indptr[cta] = total.fits ? s.cta_tile[cta] : 0; });
+    each(total.fits && p.policy == Policy::window ? p.batch * p.sparse.list_pages : 0,
+         [&](int32_t i) { write_listed(i); });
+    each(1, [&](int32_t) { write_counts(); });
   }
 
+ private:
   // A token's position and merge entries, and its place in packed rows.
   FLASHCORE_TEAM void write_token(int32_t t) const {
     const Plan& plan = p.plan;
+    if (!total.fits) {
+      plan.merge_indptr[t] = 0;
+      return;
+    }
     if (t >= plan.qo_indptr[p.batch]) {  // padding: in no row
       plan.merge_indptr[t] = s.request_merge[p.batch];
       if (t < p.num_tokens) plan.positions[t] = 0;
       return;
     }
     const int32_t r = request_of_token(t);
-    const RequestRows rows(p, s, share, r);
+    const RequestRows rows(p, found, share, r);
     const Request& request = rows.request;
-    const int32_t i = t - request.q_begin, row = plan.counts[kRowsPacked] + s.request_row[r];
+    const int32_t i = t - request.q_begin, row = total.packed_rows + s.request_row[r];
     int32_t entry = s.request_merge[r] + i * (request.q_len > 1);
     plan.merge_indptr[t] = entry;
     plan.positions[t] = request.kv_len - request.q_len + i;
     for (int32_t level = 0; level < rows.levels; ++level) {
-      const int32_t at = r * kMaxLevels + level, node = s.chain_owner[at] * kMaxLevels + level;
-      const int32_t rank = s.chain_rank[at];
-      const NodeRows in_node(p, s.members[node]);
+      const Link link = found.chain[r * kMaxLevels + level];
+      const int32_t node = link.owner * kMaxLevels + level, rank = link.rank;
+      const NodeRows in_node(p, found.chain[node].members);
       const int32_t i_row = in_node.row_of(rank);
       plan.row_tokens[s.node_token[node] + rank] = t;
       write_merge(entry++, s.node_row[node] + i_row, rank - in_node.first(i_row));
@@ -57,18 +63,16 @@ struct Writer {
   // The tiles as they were if the line were not cut, each up to the first cut in it.
   FLASHCORE_TEAM void write_uncut(int32_t uncut) const {
     const Plan& plan = p.plan;
-    const int32_t i = one_tile_each(p, num_packed) ? uncut / p.by_head : find_segment(s.row_tiles, 0, num_rows, uncut);
-    const Row row = plan.rows[i];
+    const int32_t i = total.one_tile_each(p) ? uncut / p.by_head : find_segment(s.row_tiles, 0, total.rows, uncut);
+    const Row& row = s.rows[i];
     const PairWork work = work_of(row, p.group);
-    const FixedCuts fixed(p, row, work.units, num_packed);
-    const int32_t in_row = uncut - tiles_before(p, s, num_packed, i);
+    const FixedCuts fixed(p, s, i);
+    const int32_t in_row = uncut - s.row_tiles[i];
     const int32_t head = fixed.tiles > 1 ? in_row / fixed.tiles : in_row, k = in_row - head * fixed.tiles;
     const int32_t pair = i * p.num_kv_heads + head;
 
-    const Line line = *s.line;
-    const bool by_pairs = line.pieces + line.whole > 0;
-    const int32_t cut = s.cuts_upto[by_pairs ? pair * line.pieces : line.cta_of(s.row_cost[i] + head * work.total())];
-    const bool is_cut = (cut < s.cuts_upto[plan.num_ctas]) & (s.cut_pair[cut] == pair);  // &: loaded side by side
+    const int32_t cut = s.cuts_upto[s.line->cta_of(pair, s.row_cost[i] + head * work.total())];
+    const bool is_cut = cut < total.cuts && s.cut_pair[cut] == pair;
     const bool merged = is_cut || fixed.merged(row);
     const int32_t end = (is_cut ? s.cut_unit[cut] : (k + 1) * fixed.split_units) * kSplitUnit;
     plan.tiles[uncut + cut] =
@@ -79,16 +83,15 @@ struct Writer {
 
   // The tile behind a cut of the line.
   FLASHCORE_TEAM void write_cut(int32_t cut) const {
-    const Plan& plan = p.plan;
     const int32_t pair = s.cut_pair[cut], i = pair / p.by_head;
-    const Row row = plan.rows[i];
+    const Row& row = s.rows[i];
     const PairWork work = work_of(row, p.group);
     const bool first = cut == 0 || s.cut_pair[cut - 1] != pair;
-    const bool last = cut + 1 == s.cuts_upto[plan.num_ctas] || s.cut_pair[cut + 1] != pair;
+    const bool last = cut + 1 == total.cuts || s.cut_pair[cut + 1] != pair;
     // The tile in front of the pair's first cut is counted with the row or else with that cut.
     const bool behind_first = first || !(row.flags & kSole);
     const int32_t head = pair - i * p.num_kv_heads;
-    plan.tiles[tiles_before(p, s, num_packed, i) + head + cut + 1] =
+    p.plan.tiles[s.row_tiles[i] + head + cut + 1] =
         tile_of(row, pair, head, s.cut_unit[cut] * kSplitUnit, last ? row.kv_len : s.cut_unit[cut + 1] * kSplitUnit,
                 partial_of(row, work, i, head) + s.cut_partials[cut] + (behind_first ? work.packed : 0));
   }
@@ -102,8 +105,23 @@ struct Writer {
     p.plan.kv_indices[list_begin(p, r) + k] = p.plan.kv_indices[request.page_begin + column];
   }
 
- private:
-  FLASHCORE_TEAM bool given_up() const { return p.plan.counts[kOverflow]; }
+  FLASHCORE_TEAM void write_counts() const {
+    int32_t* counts = p.plan.counts;
+    if (!total.fits) {
+      for (int32_t slot = 0; slot < kNumCounts; ++slot) counts[slot] = slot == kOverflow;
+      return;
+    }
+    p.plan.tile_indptr[total.rows * p.num_kv_heads] = total.tiles();
+    counts[kNumRows] = total.rows;
+    counts[kNumTiles] = total.tiles();
+    counts[kNumPartials] = total.partials;
+    counts[kPagesRead] = total.pages;
+    counts[kPagesDense] = p.plan.kv_indptr[p.batch];
+    counts[kRowsPacked] = total.packed_rows;
+    counts[kOverflow] = 0;
+    counts[kNextTile] = 0;
+    counts[kNextShortTile] = 0;
+  }
 
   FLASHCORE_TEAM int32_t request_of_token(int32_t t) const {
     const int32_t* indptr = p.plan.qo_indptr;
@@ -130,7 +148,7 @@ struct Writer {
 
   // First partial result of a row's tile number in_row, those that cuts add aside.
   FLASHCORE_TEAM int32_t partial_of(const Row& row, const PairWork& work, int32_t i, int32_t in_row) const {
-    const FixedCuts fixed(p, row, work.units, num_packed);
+    const FixedCuts fixed(p, s, i);
     return s.row_partials[i] + (fixed.merged(row) ? in_row * work.packed : 0);
   }
 };

@@ -14,6 +14,7 @@ SPLIT_UNIT = 64  # keys; kSplitUnit in csrc/params.h
 ROW_FIELDS = 8  # int32 fields of struct Row
 TILE_FIELDS = 8  # int32 fields of struct Tile
 UNCUT = 1 << 30  # keys of a tile where rows are not to be cut
+PLAN_CTAS = 16  # that make the sums of a plan, each for itself; kPlanCtas in csrc/plan/plan.cu
 MAX_LEVELS = 4  # packed rows that a request is in at most; kMaxLevels in csrc/plan/scratch.h
 
 
@@ -140,8 +141,10 @@ class Capacity:
     @property
     def scratch_size(self) -> int:
         """int32 entries the planner works in: csrc/plan/scratch.h."""
-        sharing = (2 + 9 * MAX_LEVELS) * self.batch if self.packs else 0
-        return 6 + 4 * (self.max_rows + 1) + 4 * (self.num_ctas + 1) + 2 * (self.batch + 1) + sharing
+        found = (2 + 6 * MAX_LEVELS) * self.batch + 3 if self.packs else 0
+        nodes = 2 * MAX_LEVELS * self.batch if self.packs else 0
+        sums = 6 + 13 * (self.max_rows + 1) + 5 * (self.num_ctas + 1) + 2 * (self.batch + 1) + nodes + 3
+        return found + PLAN_CTAS * sums
 
 
 @dataclass

@@ -212,7 +212,7 @@ void build(Problem& problem, const Case& c, const Options& options, bool poison)
       cta_indptr(options.ctas + 1), merge_indptr(num_tokens + 1), merge_rows(2 * max_merge), counts(kNumCounts);
   std::vector<Row> rows(max_rows);
   std::vector<Tile> tiles(max_tiles);
-  std::vector<int> scratch(2 * num_pages + 64 * (batch + 1) + 8 * max_rows + 4096);
+  std::vector<int> scratch(2 * num_pages + 64 * (batch + 1) + 16 * max_rows + 4096);
   PlanParams pp{};
   pp.plan = {qo_indptr.data(),
              kv_indptr.data(),

@@ -289,7 +289,7 @@ Problem build(const Case& c, bool whole, bool poison) {
       cta_indptr(p.num_sms + 1), merge_indptr(num_tokens + 1), merge_rows(2 * num_tokens), counts(kNumCounts);
   std::vector<Row> rows(max_rows);
   std::vector<Tile> tiles(max_tiles);
-  std::vector<int> scratch(2 * num_pages + 64 * (batch + 1) + 8 * max_rows + 4096);
+  std::vector<int> scratch(2 * num_pages + 64 * (batch + 1) + 16 * max_rows + 4096);
   PlanParams plan{};
   plan.plan = {qo_indptr.data(),
                kv_indptr.data(),
