@@ -4,8 +4,7 @@
 //        [kv_begin, kv_end) of its row. O = softmax(Q K^T * sm_scale) V, softmax online in base 2.
 // Grid:  one persistent CTA an SM; TileSchedule says which tiles it runs.
 // Block: a producer warpgroup (a warp for tiles and Q; three that share the boxes of K and V, one a page) and
-// kConsumers
-//        warpgroups of 64 queries.
+//        kConsumers warpgroups of 64 queries.
 // Smem:  kQueryBuffers tiles of Q, rings of kStages blocks of K and of V, all under the 128-byte swizzle.
 // Maths: S of block n - 1 and O += P V of block n run on the tensor cores; the limits of block n - 1 are checked when
 //        S is there, its exponentials follow P V, whose registers P takes. O is rescaled only when a row's P would
@@ -228,7 +227,7 @@ __global__ void __launch_bounds__(Tr::kThreads, 1)
     constexpr int kConsumerWarps = 4 * Tr::kConsumers;
     for (int i = 0; i < kJobs; ++i) {
       mbarrier_init(&smem.job_full[i], 1);
-      mbarrier_init(&smem.job_done[i], kLoadWarps + 128 * Tr::kConsumers);
+      mbarrier_init(&smem.job_done[i], 32 * kLoadWarps + 128 * Tr::kConsumers);  // every thread has read it
     }
     for (int i = 0; i < Tr::kQueryBuffers; ++i) mbarrier_init(&smem.q_full[i], 1);
     for (int i = 0; i < Tr::kStages; ++i) {

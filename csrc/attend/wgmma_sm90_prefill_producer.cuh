@@ -181,8 +181,7 @@ __device__ void load_keys(const AttendParams& p, const Maps& maps, Shared<Tr>& s
     const int blocks = job.blocks, kv_begin = job.kv_begin, kv_end = job.kv_end, kv_head = job.kv_head;
     const int32_t* const pages = p.plan.kv_indices + job.page_begin;
     if (blocks == kNoMoreJobs) return;
-    __syncwarp();
-    if (lane == 0) mbarrier_arrive(&smem.job_done[slot]);
+    mbarrier_arrive(&smem.job_done[slot]);
 
     // The page of this lane's box of a block, and the token in it. A box without keys lies outside the cache: TMA
     // writes zeros.
