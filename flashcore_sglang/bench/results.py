@@ -18,6 +18,7 @@ FORMATS = {
     "time_us": ".1f",
     "tflops": ".0f",
     "tb_s": ".2f",
+    "input_tok_s": ".0f",
     "output_tok_s": ".0f",
     "steady_tok_s": ".0f",
     "accuracy": ".3f",
