@@ -17,6 +17,7 @@ from flashcore_sglang import PagedAttention, variants
 
 # Packed queries of the row of the common pages, 4 heads a group: one, and two blocks of 64, full and not.
 HEIGHTS = (36, 64, 68, 128)
+NUM_CTAS = 6  # few enough for one of them to have several tiles, enough for rows to be cut
 PAGE = 64
 SHARED_PAGES = 32  # enough for packing to pay
 
@@ -38,11 +39,13 @@ def run_exact(variant: str) -> None:
         problem = make(case, "cuda")
         entry = variants.BY_NAME[variant]
         tiling = (entry.decode if case.decode else entry.prefill)[case.head_dim]
-        plan = kit.make_plan(problem, rows_per_tile=tiling.rows_per_tile, num_ctas=16)
+        plan = kit.make_plan(problem, rows_per_tile=tiling.rows_per_tile, num_ctas=NUM_CTAS)
         out, lse = kit.attend(problem, plan, variant=variant, rows_per_tile=tiling.rows_per_tile)
         kit.check(make(case), out.cpu(), lse.cpu())  # on the CPU: cuBLAS fails under racecheck
         tallest = int(plan.rows[: int(plan.counts[0]), 1].max()) * case.group
         assert height in (0, tallest), f"{case}: expected a row of {height} packed queries, got {tallest}"
+        most = int(plan.cta_indptr[: NUM_CTAS + 1].diff().max())
+        assert most >= 2, f"{case}: expected a CTA of several tiles, whose buffers are used again, got {most}"
         print(case, flush=True)
 
 
