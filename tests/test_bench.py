@@ -353,6 +353,19 @@ def test_peers_are_chosen(flags: str, wanted: list[str], monkeypatch: pytest.Mon
     assert seen == wanted
 
 
+def test_known_peers_are_those_there_are() -> None:
+    known = {name: bench._parser().parse_args([name]).peers for name in ("decode", "prefill", "sparse")}
+    assert known["decode"] == list(peers.DECODE)
+    assert known["prefill"] == list(peers.PREFILL)
+    assert set(known["sparse"]) <= set(peers.DECODE)
+
+
+def test_arguments_are_read_without_torch() -> None:
+    code = "import sys; from flashcore_sglang import bench; bench._parser(); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
 def test_tables_are_what_the_result_files_say() -> None:
     done = subprocess.run([sys.executable, ROOT / "scripts/bench/tables.py", "--check"], check=False)
     assert done.returncode == 0, "run scripts/bench/tables.py"

@@ -22,21 +22,20 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from . import peers
-    from .e2e import WORKLOADS
+    from .e2e import WORKLOADS  # not peers, nor cases: they import torch, which plots and --help do without
 
     parser = argparse.ArgumentParser(prog="flashcore bench", description=__doc__)
     commands = parser.add_subparsers(dest="what", required=True)
     for name, suites, known in (
-        ("decode", "quick grid shapes shared", peers.DECODE),
-        ("prefill", "quick dense chunked", peers.PREFILL),
+        ("decode", "quick grid shapes shared", "fa3 flashinfer flashinfer_cascade"),
+        ("prefill", "quick dense chunked", "fa3 fa3_paged flashinfer cudnn fa2"),
     ):
         kernel = commands.add_parser(name, help=f"{name} kernels (needs a GPU)")
         kernel.add_argument("--suite", nargs="+", default=["quick"], choices=suites.split(), help="cases to run")
         kernel.add_argument(
             "--variants", nargs="+", default=["auto"], help="flashcore variants, 'auto' is the chooser's"
         )
-        _add_peers(kernel, list(known))
+        _add_peers(kernel, known.split())
         kernel.add_argument("--repeats", type=int, default=20, help="timed runs of a cell")
         kernel.add_argument(
             "--flush",
@@ -109,7 +108,7 @@ def _measure(args: argparse.Namespace) -> int:
 
     if args.resume and not args.json:
         raise ValueError("--resume: expected the file to go on with, got none; name it by --json")
-    method = timing.Method(getattr(args, "flush", "read"), getattr(args, "order", "turns"))
+    method = timing.Method(args.flush, args.order) if "flush" in args else timing.AS_IN_A_SERVER
     # In a server the model's own layers empty the L2.
     measured = results.Results(path=args.json, method={} if args.what == "e2e" else method.words)
     if args.resume:
