@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flashcore_sglang import ops, variants
-from flashcore_sglang.bench.cases import Heads, PrefillCase
+from flashcore_sglang.bench.cases import GATE, PrefillCase
 from flashcore_sglang.bench.prefill import sdpa_difference
 from flashcore_sglang.planner import Count
 
@@ -255,13 +255,12 @@ def test_random(variant: str, case: Case, num_ctas: int) -> None:
 
 
 @pytest.mark.parametrize("variant", CUDA)
-@pytest.mark.parametrize("causal", [False, True])
-def test_a_whole_prefill_is_that_of_sdpa(causal: bool, variant: str) -> None:
+@pytest.mark.parametrize("case", GATE, ids=lambda case: case.name)
+def test_a_whole_prefill_is_that_of_sdpa(case: PrefillCase, variant: str) -> None:
     """What this project's predecessor was held to."""
     reason = variants.unavailable(variants.BY_NAME[variant], variants.device_of("cuda"))
     if reason:
         pytest.skip(reason)
-    case = PrefillCase(16, 2048, Heads(16, 16, 64), causal=causal, dtype=torch.float16)
     assert sdpa_difference(case, variant) < 2e-3
 
 

@@ -8,6 +8,7 @@
 #include <limits>
 #include <vector>
 
+#include "arithmetic.h"
 #include "attend/element_cpu.h"
 #include "attend/merge_order.h"
 #include "attend/threads_cpu.h"
@@ -73,7 +74,7 @@ void merge_head(const AttendParams& params, int token, int head, std::vector<flo
 template <class T>
 void merge_tokens(const AttendParams& params) {
   constexpr int kTokensPerTask = 16;
-  parallel_for((params.num_tokens + kTokensPerTask - 1) / kTokensPerTask, [&](int task) {
+  parallel_for(ceil_div(params.num_tokens, kTokensPerTask), [&](int task) {
     std::vector<float> sums(kMergeSums * params.head_dim);
     const int end = std::min((task + 1) * kTokensPerTask, params.num_tokens);
     for (int token = task * kTokensPerTask; token < end; ++token) {

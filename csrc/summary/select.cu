@@ -70,7 +70,7 @@ struct Columns {
 
   __device__ Columns(const float* scores, const int32_t* table, int32_t* staged, int32_t all)
       : scores(scores), table(table), staged(staged), all(all) {
-    const int32_t each = (all + kThreads - 1) / kThreads;
+    const int32_t each = ceil_div(all, kThreads);
     begin = min(static_cast<int32_t>(threadIdx.x) * each, all);
     end = min(begin + each, all);
   }

@@ -252,10 +252,11 @@ def run(results: Results, cases: list[SparseCase], peer_names: Collection[str], 
             problem = problem or check(sparse, exact, table)
         if problem is None:
             calls |= {OURS: sparse.run, EXACT: exact.run}
-            if case.pages_read < case.pages:
+            selects = case.pages_read < case.pages
+            if selects:
                 calls[REUSES] = sparse.reuse
             times = measure_all(calls, repeats)
-            if case.pages_read < case.pages:
+            if selects:
                 results.add(case.name, OURS, "select_us", *measure(sparse.select, repeats))
             sparse.plan(table, case.lens("cuda", fills_page=True))
             times[FILLS_PAGE] = measure(sparse.run, repeats)

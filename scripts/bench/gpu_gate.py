@@ -10,14 +10,11 @@ import shlex
 import sys
 from pathlib import Path
 
-import torch
-
-from flashcore_sglang.bench.cases import Heads, PrefillCase
+from flashcore_sglang.bench.cases import GATE
 from flashcore_sglang.bench.prefill import sdpa_difference
 from flashcore_sglang.bench.results import Results
 from flashcore_sglang.variants import VARIANTS, device_of, unavailable
 
-CASES = [PrefillCase(16, 2048, Heads(16, 16, 64), causal=causal, dtype=torch.float16) for causal in (False, True)]
 LIMIT = 2e-3
 
 
@@ -28,7 +25,7 @@ def main() -> int:
     options = parser.parse_args()
     results = Results(command=shlex.join(["python", *sys.argv]))
     here = device_of("cuda")
-    for case in CASES:
+    for case in GATE:
         for variant in VARIANTS:
             if unavailable(variant, here):
                 continue
