@@ -15,8 +15,9 @@ from cases import Case, decode, extend, make
 
 from flashcore_sglang import PagedAttention, variants
 
-# Packed queries of the row of the common pages, 4 heads a group: one, and two blocks of 64, full and not.
-HEIGHTS = (36, 64, 68, 128)
+# Packed queries of the row of the common pages, 4 heads a group: 8, one and two teams of 16 (steps of few queries), then
+# one and two blocks of 64, full and not.
+HEIGHTS = (8, 16, 28, 36, 64, 68, 128)
 NUM_CTAS = 6  # few enough for one of them to have several tiles, enough for rows to be cut
 PAGE = 64
 SHARED_PAGES = 32  # enough for packing to pay
@@ -27,6 +28,7 @@ def cases(variant: str) -> Iterator[tuple[Case, int]]:
     entry = variants.BY_NAME[variant]
     for head_dim in sorted(entry.decode):
         yield decode(f"ragged decode {head_dim}", 1, 65, 300, 0, head_dim=head_dim, page_size=PAGE), 4
+        yield decode(f"ragged decode of many {head_dim}", *range(1, 360, 40), head_dim=head_dim, page_size=PAGE), 4
     for height in (height for height in HEIGHTS if height <= entry.decode[128].rows_per_tile):
         keys = range(SHARED_PAGES * PAGE + 1, SHARED_PAGES * PAGE + 1 + height // 4)
         yield decode(f"row of {height}", *keys, head_dim=128, page_size=PAGE, shared_pages=SHARED_PAGES), height

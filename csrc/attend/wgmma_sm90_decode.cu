@@ -12,6 +12,10 @@
 // Shared stages of 64 keys (K and V, 128-byte swizzle: ldmatrix and wgmma both read it as it lands), the queries of one
 //        tile, what is to know of the tile. 192 KB can be in flight to an SM, 128 KB where tiles hold 128 queries.
 //
+// Where no pages are shared a smaller kernel does the same (wgmma_sm90_decode_few.cuh): it starts 3 us earlier, its
+// merge 2 us. Steps of up to 32 packed queries are all its own. In others the plan decides, on the device: both are
+// launched, and this one, which comes first, leaves at once where it finds no packed row (1 us).
+//
 // Tried on an H200 (32 query and 8 KV heads of 128, bf16, pages of 64; a plain read of 8 GB: 4.46 to 4.56 TB/s):
 // - Short tiles: 16 keys of every unit a warp, S^T = K Q^T with mma.sync. Not wgmma: the tensor cores idle either way,
 //   and warps that keep their own softmax never meet within a tile.
@@ -33,6 +37,7 @@
 // - Q of tall tiles in registers: ptxas 13.0 hands these registers to P where both products are 64 x 64.
 #include <cuda_runtime.h>
 
+#include "attend/wgmma_sm90_decode.h"
 #include "attend/wgmma_sm90_decode_producer.cuh"
 #include "attend/wgmma_sm90_decode_short.cuh"
 #include "attend/wgmma_sm90_decode_tall.cuh"
@@ -54,7 +59,10 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm)
   const FirstRange first(params.attend.plan);
   TileWindow guess(params.attend.plan);
   if (warp == kConsumerWarps) guess.load(blockIdx.x, lane);
+  int32_t touched = 0;
+  if (warp == kConsumerWarps + 1) touched = touch_tiles(params.attend.plan, lane);
   allow_dependents();  // the merge gets ready in the slots of the CTAs that end first
+  if (params.serves == Serves::sharing && first.rows_packed == 0) return;
   if (warp == kConsumerWarps + 2) prefetch_metadata(params.attend, lane);
   if (threadIdx.x == 0) {
     prefetch_tensor_map(&k_map);
@@ -79,7 +87,7 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm)
     if (warp == kConsumerWarps) {
       produce_kv(shared, k_map, v_map, params, first, guess, lane);
     } else if (warp == kConsumerWarps + 1) {
-      produce_queries(shared, params, first, lane);
+      produce_queries(shared, params, first, touched, lane);
     }
   } else {
     warpgroup_raise_registers<200>();
@@ -89,7 +97,9 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm)
       const int queries = shared.tile.queries;
       if (queries == kNoMoreTiles) break;
       if (shared.tile.kv_begin == shared.tile.kv_end) {
-        write_empty<Traits>(shared.tile, params.attend, warp, lane);
+        for (int m = warp; m < queries; m += kConsumerWarps) {
+          store_empty<Traits>(params.attend, shared.tile.direct, shared.tile.out_row[m], lane);
+        }
         mbarrier_arrive(&shared.q_empty);
       } else if (queries <= 8) {
         consume_short<Traits, 1>(shared, params, ring, warp, lane);
@@ -144,18 +154,7 @@ cudaError_t dispatch(const CUtensorMap& k_map, const CUtensorMap& v_map, const P
                                       : dispatch_rows<T, 128>(k_map, v_map, params);
 }
 
-}  // namespace decode90
-
-// Head dims 64 and 128, bf16 and fp16, pages of 16, 32, 64, 128, ... keys (a power of two), at most 128 packed queries
-// a tile. Anything else: cudaErrorInvalidValue.
-int run_attend_wgmma_sm90_decode(const AttendParams& p) {
-  using namespace decode90;
-  const bool known_page = p.page_size >= 16 && (p.page_size & (p.page_size - 1)) == 0;
-  const bool known_dtype = p.dtype == DType::bf16 || p.dtype == DType::fp16;
-  if (!known_page || !known_dtype || (p.head_dim != 64 && p.head_dim != 128) || p.sm_scale <= 0.0f ||
-      p.plan.rows_per_tile > 2 * kBlockQueries) {
-    return cudaErrorInvalidValue;
-  }
+Params make_params(const AttendParams& p) {
   Params params{};
   params.attend = p;
   params.group = p.num_qo_heads / p.num_kv_heads;
@@ -167,7 +166,11 @@ int run_attend_wgmma_sm90_decode(const AttendParams& p) {
   const bool capped = p.logits_soft_cap > 0.0f;
   params.softmax_scale = kLog2E * (capped ? p.logits_soft_cap : p.sm_scale);
   params.cap_scale = capped ? p.sm_scale / p.logits_soft_cap : 0.0f;
+  return params;
+}
 
+cudaError_t run_many(const Params& params) {
+  const AttendParams& p = params.attend;
   CUtensorMap k_map, v_map;
   PagedCache cache{p.k,         p.dtype,         p.head_dim,       p.page_size,    p.num_kv_heads,
                    p.num_pages, p.k_stride_page, p.k_stride_token, p.k_stride_head};
@@ -181,6 +184,32 @@ int run_attend_wgmma_sm90_decode(const AttendParams& p) {
   if (error != cudaSuccess) return error;
   return p.dtype == DType::bf16 ? dispatch<__nv_bfloat16>(k_map, v_map, params)
                                 : dispatch<__half>(k_map, v_map, params);
+}
+
+// The kernel that the plan asks for: both in a row, of which one leaves.
+cudaError_t run_either(Params params) {
+  params.serves = Serves::sharing;
+  const cudaError_t error = run_many(params);
+  params.serves = Serves::not_sharing;
+  return error == cudaSuccess ? run_few(params) : error;
+}
+
+}  // namespace decode90
+
+// Head dims 64 and 128, bf16 and fp16, pages of 16, 32, 64, 128, ... keys (a power of two), at most 128 packed queries
+// a tile. Anything else: cudaErrorInvalidValue.
+int run_attend_wgmma_sm90_decode(const AttendParams& p) {
+  using namespace decode90;
+  const bool known_page = p.page_size >= 16 && (p.page_size & (p.page_size - 1)) == 0;
+  const bool known_dtype = p.dtype == DType::bf16 || p.dtype == DType::fp16;
+  if (!known_page || !known_dtype || (p.head_dim != 64 && p.head_dim != 128) || p.sm_scale <= 0.0f ||
+      p.plan.rows_per_tile > 2 * kBlockQueries) {
+    return cudaErrorInvalidValue;
+  }
+  const Params params = make_params(p);
+  if (are_few(params)) return run_few(params);
+  // Behind select (lists_begin) there is no room for two: the first one must not end before select does.
+  return p.decode && p.lists_begin == 0 ? run_either(params) : run_many(params);
 }
 
 }  // namespace flashcore

@@ -36,15 +36,13 @@ __device__ __forceinline__ void store_lse(const AttendParams& p, bool direct, in
   if (base != nullptr) base[row] = lse;
 }
 
-// The rows of a tile without keys: zeros, LSE -inf.
+// A row of a tile without keys: zeros, LSE -inf; all lanes together.
 template <typename Traits>
-__device__ __forceinline__ void write_empty(const TileInfo<Traits>& tile, const AttendParams& p, int warp, int lane) {
-  for (int m = warp; m < tile.queries; m += kConsumerWarps) {
-    for (int d = 4 * lane; d < Traits::kHeadDim; d += 128) {
-      store4<Traits>(p, tile.direct, tile.out_row[m], d, make_float4(0.0f, 0.0f, 0.0f, 0.0f));
-    }
-    if (lane == 0) store_lse(p, tile.direct, tile.out_row[m], -INFINITY);
+__device__ __forceinline__ void store_empty(const AttendParams& p, bool direct, int64_t row, int lane) {
+  for (int d = 4 * lane; d < Traits::kHeadDim; d += 128) {
+    store4<Traits>(p, direct, row, d, make_float4(0.0f, 0.0f, 0.0f, 0.0f));
   }
+  if (lane == 0) store_lse(p, direct, row, -INFINITY);
 }
 
 }  // namespace flashcore::decode90

@@ -2,6 +2,7 @@
 // Both run ahead of the consumers across tiles, so that the next tile's bytes are in flight while this one ends.
 #pragma once
 
+#include "attend/wgmma_sm90_decode_plan.cuh"
 #include "attend/wgmma_sm90_decode_traits.cuh"
 #include "device/async_copy.cuh"
 #include "device/dependent_launch.cuh"
@@ -93,38 +94,6 @@ struct Dealer {
   }
 };
 
-// Page columns [0, columns) of the tiles of a CTA, 32 at a time: lane l holds column first + l of the current window.
-struct PageWindow {
-  const int32_t* pages;
-  int first, columns;
-
-  __device__ __forceinline__ int32_t load(int lane) const {
-    const int column = first + lane;
-    return column < columns ? __ldcg(pages + column) : 0;  // not by way of L1: select may write them meanwhile
-  }
-};
-
-// The plan's tiles [base, base + 32), one a lane: one round trip fetches what a CTA mostly needs. A kernel's first
-// window is a guess, fetched at once with the CTA's first range: it holds where there are few more tiles than CTAs,
-// which is where a round trip counts.
-struct TileWindow {
-  const Plan& plan;
-  int base = 0;
-  Tile lanes_tile{};
-
-  __device__ __forceinline__ explicit TileWindow(const Plan& plan) : plan(plan) {}
-
-  __device__ __forceinline__ void load(int first, int lane) {
-    base = first;
-    lanes_tile = first + lane < plan.max_tiles ? plan.tiles[first + lane] : Tile{};
-  }
-  __device__ __forceinline__ bool holds(int i) const { return i >= base && i < base + 32; }
-  __device__ __forceinline__ int pair(int i) const { return __shfl_sync(~0u, lanes_tile.pair, i - base); }
-  __device__ __forceinline__ int kv_begin(int i) const { return __shfl_sync(~0u, lanes_tile.kv_begin, i - base); }
-  __device__ __forceinline__ int kv_end(int i) const { return __shfl_sync(~0u, lanes_tile.kv_end, i - base); }
-  __device__ __forceinline__ int page_begin(int i) const { return __shfl_sync(~0u, lanes_tile.page_begin, i - base); }
-};
-
 // Loads the keys and values of a range of tiles, unit by unit. Lane i issues box i of a unit.
 template <typename Traits>
 __device__ __forceinline__ void load_tiles(SharedStorage<Traits>& shared, const CUtensorMap& k_map,
@@ -214,6 +183,11 @@ __device__ __forceinline__ void produce_kv(SharedStorage<Traits>& shared, const 
   wait_for_primary();  // even if it was not needed: whatever follows this kernel relies on select being over
 }
 
+// Brings the tiles that TileWindow guesses to L1, without registers to hold them: the query warp has none left.
+__device__ __forceinline__ int32_t touch_tiles(const Plan& plan, int lane) {
+  return plan.tiles[min(static_cast<int>(blockIdx.x) + lane, plan.max_tiles - 1)].pair;
+}
+
 // Loads the queries of a range of tiles and tells the consumers what they need to know of each.
 template <typename Traits>
 __device__ __forceinline__ void load_queries(SharedStorage<Traits>& shared, const Params& params, TileRange range,
@@ -293,14 +267,15 @@ __device__ __forceinline__ void load_queries(SharedStorage<Traits>& shared, cons
   }
 }
 
-// The query warp: one tile ahead of the consumers. It finds the first range by itself, so that the first queries are on
-// their way before the first keys and values are, of which there are many.
+// The query warp: one tile ahead of the consumers. It finds the first range and tile by itself, so that the first
+// queries are on their way before the first keys and values are, of which there are many. `touched`: of touch_tiles.
 template <typename Traits>
 __device__ __forceinline__ void produce_queries(SharedStorage<Traits>& shared, const Params& params,
-                                                const FirstRange& first, int lane) {
+                                                const FirstRange& first, int32_t touched, int lane) {
   RingCursor<kRangeSlots> slot;
   uint32_t parity = 1;
   TileRange range = Dealer(params.attend.plan, first, params.attend.num_kv_heads).first(first);
+  asm volatile("" ::"r"(touched));
   while (range.begin >= 0) {
     load_queries(shared, params, range, parity, lane);
     mbarrier_wait(&shared.range_full[slot.stage], slot.parity);
@@ -308,31 +283,10 @@ __device__ __forceinline__ void produce_queries(SharedStorage<Traits>& shared, c
     mbarrier_arrive(&shared.range_empty[slot.stage]);
     slot.advance();
   }
+  prefetch_merge(params.attend, lane);
   mbarrier_wait(&shared.q_empty, parity);
   if (lane == 0) shared.tile.queries = kNoMoreTiles;
   mbarrier_arrive(&shared.q_full);
-}
-
-// Brings the beginnings of what the producers read first to L2, each CTA a few lines: their loads depend on one
-// another, and where little is to be read these misses would be most of the time.
-__device__ __forceinline__ void prefetch_metadata(const AttendParams& p, int lane) {
-  constexpr int kLine = 128, kLinesPerCta = 4;
-  const auto prefetch = [&](const void* table, int64_t bytes) {
-    const int64_t offset = static_cast<int64_t>(kLine) * (blockIdx.x + gridDim.x * (lane % kLinesPerCta));
-    if (offset < bytes) prefetch_l2(static_cast<const uint8_t*>(table) + offset);
-  };
-  switch (lane / kLinesPerCta) {
-    case 0:
-      return prefetch(p.plan.tiles, p.plan.max_tiles * sizeof(Tile));
-    case 1:
-      return prefetch(p.plan.kv_indices, p.plan.max_pages * sizeof(int32_t));
-    case 2:
-      return prefetch(p.plan.row_tokens, p.plan.max_row_tokens * sizeof(int32_t));
-    case 3:
-      return prefetch(p.plan.positions, p.num_tokens * sizeof(int32_t));
-    case 4:
-      return prefetch(p.q, p.num_tokens * p.q_stride_token * sizeof(uint16_t));
-  }
 }
 
 }  // namespace flashcore::decode90

@@ -18,6 +18,7 @@ constexpr int kConsumers = kConsumerWarps * 32;
 constexpr int kThreads = 2 * kConsumers;  // and a warpgroup of producers: KV, queries, two that leave at once
 constexpr int kWarpKeys = kUnitKeys / kConsumerWarps;  // keys of a unit that a consumer warp takes in a short tile
 constexpr int kShortQueries = 16;                      // at most this many queries go the mma.sync way
+constexpr int kFewQueries = 2 * kShortQueries;         // so many in all have a kernel of their own
 constexpr int kSlabBytes = kUnitKeys * 128;
 constexpr int kConsumerBarrier = 1;  // named barrier of the consumer warpgroup
 constexpr int kRangeSlots = 4;       // ranges of tiles that the KV warp may be ahead of the query warp
@@ -42,8 +43,12 @@ struct Traits {
 
 constexpr int32_t kNoMoreTiles = -1;
 
+// Which plans a launch is for, by what stands in them; it leaves the others alone.
+enum class Serves : int32_t { all, sharing, not_sharing };
+
 struct Params {
   AttendParams attend;
+  Serves serves;
   int32_t group;
   int32_t few_pages;    // a plan that reads fewer than this is small
   int32_t page_shift;   // log2(page_size)
@@ -68,21 +73,21 @@ struct TileRange {
   int begin, end;
 };
 
-// Where the warps of a short tile add up their shares, 8 queries at a time.
-template <typename Traits>
-struct Scratch {
-  float o[kConsumerWarps][8][Traits::kHeadDim];  // channel d of query m at d ^ 8 * (m / 2): no bank conflicts
-  float2 stats[kConsumerWarps][8];               // (maximum, sum)
+// What a warp of a short tile has of 8 queries, for the other warps.
+template <int kHeadDim>
+struct Share {
+  float o[8][kHeadDim];  // channel d of query m at d ^ 8 * (m / 2): no bank conflicts
+  float2 stats[8];       // (maximum, sum)
 };
 
-// The stage of a tile's last unit becomes its scratch once the unit is consumed.
+// The stage of a tile's last unit holds the warps' shares once the unit is consumed.
 template <typename Traits>
 union Stage {
   struct {
     uint8_t k[Traits::kOperandBytes];  // [slabs][64 keys][128 bytes], swizzled
     uint8_t v[Traits::kOperandBytes];
   };
-  Scratch<Traits> scratch;
+  Share<Traits::kHeadDim> shares[kConsumerWarps];
 };
 
 template <typename Traits>

@@ -18,22 +18,6 @@
 
 namespace flashcore {
 
-// A divisor that the host knows, as a multiplication (Granlund and Montgomery, PLDI 1994): a division is 25 dependent
-// instructions, and dependent instructions are what planning takes its time for. Exact for 0 <= n < 2^31.
-struct Divisor {
-  int32_t value, shift;
-  uint32_t factor;
-
-  explicit Divisor(int32_t divisor) : value(divisor), shift(31) {
-    while (int64_t{1} << (shift - 31) < divisor) ++shift;
-    factor = static_cast<uint32_t>(((uint64_t{1} << shift) + value - 1) / value);
-  }
-  FLASHCORE_HD friend int32_t operator/(int32_t n, const Divisor& d) {
-    return static_cast<int32_t>(static_cast<uint64_t>(static_cast<uint32_t>(n)) * d.factor >> d.shift);
-  }
-};
-FLASHCORE_HD int32_t ceil_div(int32_t a, const Divisor& b) { return (a + b.value - 1) / b; }
-
 // What a plan is made from, and what follows from that alone.
 struct PlanJob : PlanParams {
   Divisor by_page, by_row, by_head;  // page_size, tokens of a row, KV heads
@@ -196,8 +180,10 @@ struct Line {
     const int64_t part = length / kSlackShare, limit = kSlackUnits * kBaseCost;
     const int64_t most = length + (part < limit ? part : limit) + kBaseCost;
     if (pairs <= shares) {
-      const int32_t n = shares / pairs;
-      if (longest <= most * n) pieces = n;
+      // No more than the longest pair needs for its pieces to be as short as that: a merge likes to have few, and 32
+      // above all (33 pieces of 128 units are 4 units long, as 32 are).
+      const int32_t units = static_cast<int32_t>(longest / kBaseCost) - 1, n = shares / pairs;
+      if (longest <= most * n) pieces = units > n ? ceil_div(units, ceil_div(units, n)) : n;
     } else {
       const int32_t n = ceil_div(pairs, shares);
       if (longest * n <= most) whole = n;

@@ -1,9 +1,10 @@
 // Stand-alone check and timing of the Hopper decode kernel: plans on the host, kernel and merge on the GPU, against a
 // double-precision reference. Build (from the repository root):
 //   nvcc -std=c++20 -O3 -gencode arch=compute_90a,code=sm_90a --expt-relaxed-constexpr -cudart static -I csrc
-//        scripts/bench/gpu_decode_test.cu csrc/attend/{wgmma_sm90_decode,merge}.cu
+//        scripts/bench/gpu_decode_test.cu csrc/attend/{wgmma_sm90_decode,wgmma_sm90_decode_few,merge}.cu
 //        csrc/plan/plan_cpu.cpp -o gpu_decode_test
 // Run: gpu_decode_test check [filter] [--repeat N] | gpu_decode_test time [filter] [--ctas N]... [--rows N]
+// Steps of few queries are checked and timed with both kernels, `few` and `many`.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -14,11 +15,13 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <numeric>
 #include <random>
 #include <string>
 #include <vector>
 
+#include "attend/wgmma_sm90_decode.h"
 #include "gpu_common.cuh"
 #include "params.h"
 
@@ -316,8 +319,20 @@ void build(Problem& problem, const Case& c, const Options& options, bool poison)
   for (int len : c.kv_lens) problem.dense_bytes += 2 * 2 * token * len;
 }
 
-void attend(const AttendParams& p) {
-  CUDA_CHECK(run_attend_wgmma_sm90_decode(p));
+using Kernel = cudaError_t (*)(const decode90::Params&);
+
+// The kernels that can run a problem, the one that is chosen first.
+std::vector<std::pair<const char*, Kernel>> kernels(const AttendParams& p) {
+  if (!decode90::are_few(decode90::make_params(p))) {
+    if (!p.decode) return {{"many", decode90::run_many}};
+    return {{"either", [](const decode90::Params& params) { return decode90::run_either(params); }},
+            {"many", decode90::run_many}};
+  }
+  return {{"few", decode90::run_few}, {"many", decode90::run_many}};
+}
+
+void attend(const AttendParams& p, Kernel kernel) {
+  CUDA_CHECK(kernel(decode90::make_params(p)));
   CUDA_CHECK(run_merge_cuda(p));
 }
 
@@ -341,14 +356,25 @@ bool check(const Case& c, const Options& options) {
   std::vector<uint16_t> out(count), again(count);
   std::vector<float> lse(items);
   bool same = true;
-  for (int run = 0; run < options.repeats; ++run) {
+  const auto run_once = [&](Kernel kernel, std::vector<uint16_t>& result) {
     CUDA_CHECK(cudaMemset(p.out, 0xFF, count * 2));
     CUDA_CHECK(cudaMemset(p.lse, 0xFF, items * 4));
     CUDA_CHECK(cudaMemset(p.partial_o, 0xFF, int64_t{p.plan.max_partials} * p.head_dim * 4));
     CUDA_CHECK(cudaMemset(p.partial_lse, 0xFF, int64_t{p.plan.max_partials} * 4));
-    attend(p);
+    attend(p, kernel);
     CUDA_CHECK(cudaDeviceSynchronize());
-    CUDA_CHECK(cudaMemcpy(run == 0 ? out.data() : again.data(), p.out, count * 2, cudaMemcpyDeviceToHost));
+    CUDA_CHECK(cudaMemcpy(result.data(), p.out, count * 2, cudaMemcpyDeviceToHost));
+  };
+  // Where no tile has more than 16 queries, both kernels give the same bits.
+  const auto choices = kernels(p);
+  const bool tall = problem.counts[kRowsPacked] > 0 || !c.q_lens.empty();
+  if (choices.size() > 1 && !tall) {
+    run_once(choices[1].second, out);
+    run_once(choices[0].second, again);
+    same &= out == again;
+  }
+  for (int run = 0; run < options.repeats; ++run) {
+    run_once(choices[0].second, run == 0 ? out : again);
     same &= run == 0 || out == again;
   }
   CUDA_CHECK(cudaMemcpy(lse.data(), p.lse, items * 4, cudaMemcpyDeviceToHost));
@@ -384,9 +410,9 @@ bool check(const Case& c, const Options& options) {
   }
   const double relative = std::sqrt(error / std::max(norm, 1e-30));
   const bool good = finite && same && relative < unit && worst_lse < 1e-3;
-  std::printf("%-52s rows %4d tiles %5d packed %3d  error %.2e lse %.1e %s%s%s\n", c.name.c_str(),
-              problem.counts[kNumRows], problem.counts[kNumTiles], problem.counts[kRowsPacked], relative, worst_lse,
-              good ? "ok" : "FAILED", finite ? "" : " (not finite)", same ? "" : " (runs differ)");
+  std::printf("%-4s %-48s rows %4d tiles %5d packed %3d  error %.2e lse %.1e %s%s%s\n", choices[0].first,
+              c.name.c_str(), problem.counts[kNumRows], problem.counts[kNumTiles], problem.counts[kRowsPacked],
+              relative, worst_lse, good ? "ok" : "FAILED", finite ? "" : " (not finite)", same ? "" : " (runs differ)");
   std::fflush(stdout);
   return good;
 }
@@ -449,17 +475,78 @@ std::vector<Case> check_cases() {
   cases.push_back({.name = "split every 256 keys", .kv_lens = ragged, .split_keys = 256});
   cases.push_back({.name = "interleaved cache", .kv_lens = ragged, .interleaved = true});
   cases.push_back({.name = "1 x 20000", .kv_lens = {20000}});
+  const std::vector<std::vector<int>> few = {{1},
+                                             {15},
+                                             {64},
+                                             {65},
+                                             {129},
+                                             {700, 1, 0},
+                                             {0, 33},
+                                             {5000, 3, 90},
+                                             {17, 17, 17},
+                                             {100000, 50},
+                                             {3000, 2000},
+                                             {640, 0, 777},
+                                             {9000, 8000, 7000, 1, 2, 3, 4000, 129}};
+  for (const std::vector<int>& lens : few) {
+    std::string name = "few";
+    for (int len : lens) name += " " + std::to_string(len);
+    const int most = lens.size() > 4 ? 1 : 2;  // heads / 8 a group of 4 or 8
+    for (int page_size : {16, 64, 128}) {
+      cases.push_back({.name = name + " p" + std::to_string(page_size),
+                       .kv_lens = lens,
+                       .num_qo_heads = 32 * most,
+                       .head_dim = page_size == 16 ? 64 : 128,
+                       .page_size = page_size});
+    }
+    cases.push_back({.name = name + " window cap", .kv_lens = lens, .window_left = 60, .cap = 3.0f});
+    cases.push_back({.name = name + " fp16 split", .kv_lens = lens, .dtype = DType::fp16, .split_keys = 128});
+  }
+  for (int batch : {2, 3, 5, 8}) {
+    cases.push_back({.name = "few share " + std::to_string(batch),
+                     .kv_lens = std::vector<int>(batch, 6000),
+                     .levels = {{batch, 4096}}});
+    cases.push_back({.name = "few share d64 " + std::to_string(batch),
+                     .kv_lens = std::vector<int>(batch, 2100),
+                     .num_qo_heads = 24,
+                     .head_dim = 64,
+                     .levels = {{batch, 1024}, {(batch + 1) / 2, 512}}});
+  }
+  cases.push_back({.name = "few query tokens", .kv_lens = {300, 70}, .q_lens = {5, 3}});
+  cases.push_back({.name = "few query tokens, window", .kv_lens = {300, 70}, .q_lens = {5, 3}, .window_left = 20});
   cases.push_back({.name = "many short", .kv_lens = std::vector<int>(300, 130)});
   return cases;
 }
 
 // --- Time ------------------------------------------------------------------------------------------------------------
 
-// Microseconds of a captured graph over a cold L2.
-double time_graph(const std::function<void()>& body, const L2Flush& flush, int repeats) {
+// Runs through more code than an SM's instruction caches hold, as the layers between two attentions do.
+__global__ void much_code(float* x) {
+  float y = *x;
+#pragma unroll
+  for (int i = 0; i < 12288; ++i) y = y * 1.5f + static_cast<float>(i);
+  if (y == 12345.0f) *x = y;
+}
+
+// Median microseconds of captured graphs over a cold L2 and cold instruction caches, in turns.
+std::vector<double> time_graphs(const std::vector<std::function<void()>>& bodies, const L2Flush& flush, int repeats) {
+  static float* const x = device_alloc<float>(1);
   const cudaStream_t stream = cudaStreamPerThread;
-  const Graph graph(stream, body);
-  return median_us(repeats, stream, [&] { graph.launch(stream); }, [&] { flush(stream); });
+  const Timer timer;
+  std::vector<std::unique_ptr<Graph>> graphs;
+  for (const auto& body : bodies) graphs.push_back(std::make_unique<Graph>(stream, body));
+  std::vector<std::vector<double>> times(bodies.size());
+  for (int run = 0; run < repeats + 2; ++run) {
+    for (size_t i = 0; i < bodies.size(); ++i) {
+      much_code<<<132, 32, 0, stream>>>(x);
+      flush(stream);
+      const float ms = timer(stream, [&] { graphs[i]->launch(stream); });
+      if (run >= 2) times[i].push_back(ms * 1e3);
+    }
+  }
+  std::vector<double> medians;
+  for (const auto& taken : times) medians.push_back(median(taken));
+  return medians;
 }
 
 struct Timed {
@@ -487,12 +574,19 @@ std::vector<Timed> time_cases() {
       dense(1, 8192, 25.2, 0.83),
       dense(1, 32768, 51.0, 0.83),
       dense(1, 131072, 142, 1.03),
+      dense(2, 1024, 0, 0.83),
       dense(2, 8192, 0, 0.83),
+      dense(2, 32768, 0, 0.83),
+      dense(4, 1024, 0, 0.83),
       dense(4, 8192, 0, 0.83),
+      dense(4, 32768, 0, 0.83),
       dense(8, 1024, 22.9, 0.83),
       dense(8, 8192, 80.7, 0.88),
       dense(8, 32768, 259, 0.83),
       dense(8, 131072, 991, 1.03),
+      dense(16, 1024, 0, 1.03),
+      dense(16, 8192, 0, 1.03),
+      dense(16, 32768, 0, 1.03),
       dense(16, 131072, 1946, 1.0),
       dense(64, 1024, 84.8, 0.88),
       dense(64, 8192, 504, 1.03),
@@ -505,6 +599,9 @@ std::vector<Timed> time_cases() {
       dense(64, 8192, 262.9, 1.0, {.name = " d64", .head_dim = 64}),
       dense(64, 8192, 490.1, 1.0, {.name = " p16", .page_size = 16}),
       dense(64, 8192, 0, 1.0, {.name = " p32", .page_size = 32}),
+      shared(4, 32768, {{4, 30720}}, 0, 0),
+      shared(8, 32768, {{8, 30720}}, 0, 0),
+      shared(16, 32768, {{16, 30720}}, 0, 0),
       shared(64, 8192, {{64, 5760}}, 363, 0.52),
       shared(256, 4096, {{256, 2816}}, 661, 0.57),
       shared(64, 36864, {{64, 32768}}, 1381, 0.27),
@@ -527,14 +624,19 @@ void time_case(const Timed& timed, const Options& options, const L2Flush& flush)
   AttendParams p = problem.params;
   p.lse = nullptr;
   p.stream = cudaStreamPerThread;
-  const int repeats = 15;
-  const double both = time_graph([&] { attend(p); }, flush, repeats);
-  const double alone = time_graph([&] { CUDA_CHECK(run_attend_wgmma_sm90_decode(p)); }, flush, repeats);
+  const auto choices = kernels(p);
+  std::vector<std::function<void()>> bodies;
+  for (const auto& [name, kernel] : choices) {
+    bodies.push_back([&p, kernel] { attend(p, kernel); });
+    bodies.push_back([&p, kernel] { CUDA_CHECK(kernel(decode90::make_params(p))); });
+  }
+  const std::vector<double> times = time_graphs(bodies, flush, 15);
   const double floor = problem.unique_bytes / 4.3e6;
-  std::printf("%-34s ctas %3d rows %2d  %8.1f us (attend %8.1f)  %5.2f TB/s  floor %7.1f", timed.c.name.c_str(),
-              options.ctas, options.rows_per_tile, both, alone, problem.unique_bytes / both * 1e-6, floor);
-  if (timed.peer_us > 0)
-    std::printf("  peer %7.1f ratio %.2f (bar %.2f)", timed.peer_us, both / timed.peer_us, timed.bar);
+  std::printf("%-34s ctas %3d  floor %7.1f", timed.c.name.c_str(), options.ctas, floor);
+  for (size_t i = 0; i < choices.size(); ++i) {
+    std::printf("  %s %8.1f us (attend %8.1f)", choices[i].first, times[2 * i], times[2 * i + 1]);
+  }
+  if (timed.peer_us > 0) std::printf("  peer %7.1f bar %.2f", timed.peer_us, timed.bar);
   std::printf("  tiles %d partials %d\n", problem.counts[kNumTiles], problem.counts[kNumPartials]);
   std::fflush(stdout);
 }

@@ -1,0 +1,59 @@
+// wgmma_sm90, decode without packed rows, or of few queries: launcher (the kernel: wgmma_sm90_decode_few.cuh).
+#include <cuda_runtime.h>
+
+#include "attend/wgmma_sm90_decode.h"
+#include "attend/wgmma_sm90_decode_few.cuh"
+
+namespace flashcore::decode90 {
+namespace {
+
+template <typename T, int kHeadDim, int kN>
+cudaError_t launch(const FewParams& params) {
+  using Traits = FewTraits<T, kHeadDim>;
+  const auto kernel = attend_few_kernel<Traits, kN>;
+  constexpr int kShared = sizeof(FewStorage<Traits>);
+  // Left to itself, the driver gives an SM no more shared memory than two CTAs need, and none is left for the merge's.
+  static const cudaError_t opt_in = [&] {
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
+    if (error != cudaSuccess) return error;
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  }();
+  if (opt_in != cudaSuccess) return opt_in;
+  const AttendParams& p = params.attend;
+  const auto stream = static_cast<cudaStream_t>(p.stream);
+  if (p.lists_begin > 0 || params.serves == Serves::not_sharing) {  // beside select, or beside the other kernel
+    return launch_dependent_shared(kernel, p.plan.num_ctas, kFewThreads, kShared, stream, params);
+  }
+  kernel<<<p.plan.num_ctas, kFewThreads, kShared, stream>>>(params);
+  return cudaGetLastError();
+}
+
+// Two kernels instead of branches: the code that runs is to be short and in one piece.
+template <typename T, int kHeadDim>
+cudaError_t dispatch_queries(const FewParams& params) {
+  const int tokens = params.serves == Serves::all ? params.attend.num_tokens : 1;  // of a row at most
+  return tokens * params.group <= 8 ? launch<T, kHeadDim, 1>(params) : launch<T, kHeadDim, 2>(params);
+}
+
+template <typename T>
+cudaError_t dispatch(const FewParams& params) {
+  return params.attend.head_dim == 64 ? dispatch_queries<T, 64>(params) : dispatch_queries<T, 128>(params);
+}
+
+}  // namespace
+
+bool are_few(const Params& params) {
+  const AttendParams& p = params.attend;
+  const auto is_short = [](int64_t stride) { return stride == static_cast<int32_t>(stride); };
+  const bool short_strides = is_short(p.k_stride_page) && is_short(p.v_stride_page) &&
+                             is_short(p.k_stride_token * p.page_size) && is_short(p.v_stride_token * p.page_size) &&
+                             is_short(p.k_stride_head * p.num_kv_heads) && is_short(p.v_stride_head * p.num_kv_heads);
+  return p.num_tokens * params.group <= kFewQueries && short_strides;
+}
+
+cudaError_t run_few(const Params& params) {
+  const FewParams few(params);
+  return params.attend.dtype == DType::bf16 ? dispatch<__nv_bfloat16>(few) : dispatch<__half>(few);
+}
+
+}  // namespace flashcore::decode90

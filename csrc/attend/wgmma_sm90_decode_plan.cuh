@@ -1,0 +1,90 @@
+// Decode on Hopper: how warps read the plan. Their loads depend on one another, tile, then page ids, then keys, and
+// where little is to be read these round trips would be most of the time.
+#pragma once
+
+#include "attend/wgmma_sm90_decode_traits.cuh"
+#include "device/async_copy.cuh"
+
+namespace flashcore::decode90 {
+
+// Page columns [0, columns) of the tiles of a CTA, 32 at a time: lane l holds column first + l of the current window.
+struct PageWindow {
+  const int32_t* pages;
+  int first, columns;
+
+  __device__ __forceinline__ int32_t load(int lane) const {
+    const int column = first + lane;
+    return column < columns ? __ldcg(pages + column) : 0;  // not by way of L1: select may write them meanwhile
+  }
+};
+
+// The plan's tiles [base, base + 32), one a lane: one round trip fetches what a CTA mostly needs. A kernel's first
+// window is a guess, fetched at once with the CTA's first range: it holds where there are few more tiles than CTAs,
+// which is where a round trip counts.
+struct TileWindow {
+  const Plan& plan;
+  int base = 0;
+  Tile lanes_tile{};
+
+  __device__ __forceinline__ explicit TileWindow(const Plan& plan) : plan(plan) {}
+
+  __device__ __forceinline__ void load(int first, int lane) {
+    base = first;
+    lanes_tile = first + lane < plan.max_tiles ? plan.tiles[first + lane] : Tile{};
+  }
+  // Tile i of the plan, from the window if it is there; all lanes together.
+  __device__ __forceinline__ Tile tile(int i) const {
+    if (!holds(i)) return plan.tiles[i];
+    const auto of = [&](int field) { return __shfl_sync(~0u, field, i - base); };
+    const Tile& mine = lanes_tile;
+    return {.pair = of(mine.pair),
+            .kv_begin = of(mine.kv_begin),
+            .kv_end = of(mine.kv_end),
+            .partial = of(mine.partial),
+            .page_begin = of(mine.page_begin),
+            .q_begin = of(mine.q_begin),
+            .q_count = of(mine.q_count),
+            .kv_pos = of(mine.kv_pos)};
+  }
+  __device__ __forceinline__ bool holds(int i) const { return i >= base && i < base + 32; }
+  __device__ __forceinline__ int pair(int i) const { return __shfl_sync(~0u, lanes_tile.pair, i - base); }
+  __device__ __forceinline__ int kv_begin(int i) const { return __shfl_sync(~0u, lanes_tile.kv_begin, i - base); }
+  __device__ __forceinline__ int kv_end(int i) const { return __shfl_sync(~0u, lanes_tile.kv_end, i - base); }
+  __device__ __forceinline__ int page_begin(int i) const { return __shfl_sync(~0u, lanes_tile.page_begin, i - base); }
+};
+
+// Brings the beginnings of tables to L2, each CTA a few lines of each. Lane l takes table l / 4.
+class Prefetch {
+ public:
+  __device__ __forceinline__ explicit Prefetch(int lane) : lane_(lane) {}
+
+  __device__ __forceinline__ void table(int i, const void* begin, int64_t bytes) const {
+    const int64_t offset = int64_t{kLine} * (blockIdx.x + gridDim.x * (lane_ % kLinesPerCta));
+    if (lane_ / kLinesPerCta == i && offset < bytes) prefetch_l2(static_cast<const uint8_t*>(begin) + offset);
+  }
+
+ private:
+  static constexpr int kLine = 128, kLinesPerCta = 4;
+  const int lane_;
+};
+
+// What the producers read first.
+__device__ __forceinline__ void prefetch_metadata(const AttendParams& p, int lane) {
+  const Prefetch prefetch(lane);
+  prefetch.table(0, p.plan.tiles, p.plan.max_tiles * sizeof(Tile));
+  prefetch.table(1, p.plan.kv_indices, p.plan.max_pages * sizeof(int32_t));
+  prefetch.table(2, p.plan.row_tokens, p.plan.max_row_tokens * sizeof(int32_t));
+  prefetch.table(3, p.plan.positions, p.num_tokens * sizeof(int32_t));
+  prefetch.table(4, p.q, p.num_tokens * p.q_stride_token * sizeof(uint16_t));
+}
+
+// What the merge will read: where its CTAs find no room beside these, they begin when time counts.
+__device__ __forceinline__ void prefetch_merge(const AttendParams& p, int lane) {
+  const Prefetch prefetch(lane);
+  prefetch.table(0, p.plan.merge_indptr, (p.num_tokens + 1) * sizeof(int32_t));
+  prefetch.table(1, p.plan.merge_rows, p.plan.max_merge * 2 * sizeof(int32_t));
+  prefetch.table(2, p.plan.tile_indptr, p.plan.max_rows * p.num_kv_heads * sizeof(int32_t));
+  prefetch.table(3, p.plan.tiles, p.plan.max_tiles * sizeof(Tile));
+}
+
+}  // namespace flashcore::decode90
