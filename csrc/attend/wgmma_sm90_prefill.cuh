@@ -7,9 +7,9 @@
 //        kConsumers warpgroups of 64 queries.
 // Smem:  kQueryBuffers tiles of Q, rings of kStages blocks of K and of V, all under the 128-byte swizzle.
 // Maths: S of block n - 1 and O += P V of block n run on the tensor cores; the limits of block n - 1 are checked when
-//        S is there, its exponentials follow P V, whose registers P takes. O is rescaled only when a row's P would
-//        exceed 2^8. The last P V of a tile runs beside the first Q K^T of the next one: the pipeline never drains
-//        between tiles.
+//        S is there, its exponentials follow P V, whose registers P takes. O is rescaled only for a new maximum that
+//        counts in its row. The last P V of a tile runs beside the first Q K^T of the next one: the pipeline never
+//        drains between tiles.
 // After: FlashAttention-3 (Shah et al., 2024) for the warp specialisation, the overlap inside a warpgroup and the order
 //        between warpgroups; FlashAttention-4 for the conditional rescale; FlashInfer (Ye et al., 2025) for CSR rows.
 #pragma once

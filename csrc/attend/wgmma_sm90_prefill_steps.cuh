@@ -38,7 +38,7 @@ __device__ __forceinline__ void issue_pv(float (&o)[Tr::kHeadDim / 2], const uin
 struct RowState {
   int32_t first[2], last[2];  // visible keys of the row, inclusive
   float reference[2];         // the logit P is relative to, in units of the raw logits
-  int32_t limit_bits[2];      // no logit whose bits are less is too large for the reference; INT_MIN: any may be
+  int32_t limit_bits[2];      // no logit whose bits are less is to be the reference; INT_MIN: any may be
   float sum[2];               // of this thread's columns
 };
 constexpr float kNoReference = -1e37f;  // finite, so that no difference is NaN
@@ -106,9 +106,10 @@ __device__ __forceinline__ T quad_max(T x) {
   return max(x, __shfl_xor_sync(0xffffffff, x, 2));
 }
 
-// Raises the references of the warp's rows to their largest logit so far if P of any of them could exceed
-// 2^kRescaleLog2. Returns whether it did; then O * factor[i] is due. Logits are compared with a row's limit by their
-// bits, as integers, of which the hardware takes three at a time: floats that are not negative have their bits' order.
+// Raises the references of the warp's rows to their largest logit so far if any of them has a new maximum of more than
+// kReferenceShare of the row. Returns whether it did; then O * factor[i] is due. Logits are compared with a row's limit
+// by their bits, as integers, of which the hardware takes three at a time: floats that are not negative have their
+// bits' order.
 template <typename Tr>
 __device__ __forceinline__ bool raise_references(const float (&s)[Tr::kBlockKeys / 2], RowState& rows, float scale_log2,
                                                  float (&factor)[2]) {
@@ -139,14 +140,18 @@ __device__ __forceinline__ bool raise_references(const float (&s)[Tr::kBlockKeys
       }
       largest[i] = fmaxf(even, odd);
     }
+    // Limits below 0 have let everything pass.
+    if (!__any_sync(0xffffffff, largest[0] > rows.reference[0] || largest[1] > rows.reference[1])) return false;
   }
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
+    // The thread's part of the sum is taken for a quarter.
+    const float share_log2 = __log2f(4.0f * Tr::kReferenceShare * rows.sum[i]);
     const float reference = fmaxf(rows.reference[i], quad_max(largest[i]));
+    const float limit = fmaxf(reference, rows.reference[i] + __fdividef(share_log2, scale_log2));
     factor[i] = exp2_fast((rows.reference[i] - reference) * scale_log2);
     rows.sum[i] *= factor[i];
     rows.reference[i] = reference;
-    const float limit = reference + Tr::kRescaleLog2 / scale_log2;
     rows.limit_bits[i] = limit >= 0.0f ? __float_as_int(limit) : INT_MIN;
   }
   return true;

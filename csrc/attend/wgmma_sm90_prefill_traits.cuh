@@ -26,7 +26,9 @@ struct Traits {
   static constexpr int kThreads = 128 * (kConsumers + 1);
   static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
   static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
-  static constexpr float kRescaleLog2 = 8.0f;  // P stays below 2^8, well inside fp16
+  // A new maximum of more than this share of its row's sum becomes the reference: its P is then 1, which 16 bits hold
+  // and do not round. At 0 every maximum does. Other P stay below the share times the row's keys, well inside fp16.
+  static constexpr float kReferenceShare = 1.0f / 256.0f;
 };
 
 // --- Shared memory plan ----------------------------------------------------------------------------------------------
