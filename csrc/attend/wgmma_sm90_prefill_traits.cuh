@@ -26,9 +26,11 @@ struct Traits {
   static constexpr int kThreads = 128 * (kConsumers + 1);
   static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
   static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
-  // A new maximum of more than this share of its row's sum becomes the reference: its P is then 1, which 16 bits hold
-  // and do not round. At 0 every maximum does. Other P stay below the share times the row's keys, well inside fp16.
-  static constexpr float kReferenceShare = 1.0f / 256.0f;
+  // A new maximum of more than a share of its row's sum becomes the reference: its P is then 1, which 16 bits hold and
+  // do not round. Other P stay below the share times the row's keys, inside fp16. In rows of few keys any maximum that
+  // shows is worth its rescale, which costs a tenth of a block; in longer ones single keys count less, and blocks more.
+  static constexpr int kFewKeys = 4096;
+  static constexpr float kShareOfFew = 1.0f / 256.0f, kShareOfMany = 1.0f / 32.0f;
 };
 
 // --- Shared memory plan ----------------------------------------------------------------------------------------------
