@@ -15,12 +15,13 @@ from cases import Case, decode, extend, make
 
 from flashcore_sglang import PagedAttention, variants
 
-# Packed queries of the row of the common pages, 4 heads a group: 8, one and two teams of 16 (steps of few queries), then
-# one and two blocks of 64, full and not.
-HEIGHTS = (8, 16, 28, 36, 64, 68, 128)
+# Packed queries of the row of the common pages, 4 heads a group: one and two teams of 16 (steps of few queries), then one
+# and two blocks of 64, full and not.
+HEIGHTS = (16, 28, 36, 64, 68, 128)
 NUM_CTAS = 6  # few enough for one of them to have several tiles, enough for rows to be cut
 PAGE = 64
-SHARED_PAGES = 32  # enough for packing to pay
+SHARED_PAGES = {16: 96, 28: 48}  # enough for packing to pay; else
+MANY_SHARED_PAGES = 32
 
 
 def cases(variant: str) -> Iterator[tuple[Case, int]]:
@@ -30,8 +31,9 @@ def cases(variant: str) -> Iterator[tuple[Case, int]]:
         yield decode(f"ragged decode {head_dim}", 1, 65, 300, 0, head_dim=head_dim, page_size=PAGE), 4
         yield decode(f"ragged decode of many {head_dim}", *range(1, 360, 40), head_dim=head_dim, page_size=PAGE), 4
     for height in (height for height in HEIGHTS if height <= entry.decode[128].rows_per_tile):
-        keys = range(SHARED_PAGES * PAGE + 1, SHARED_PAGES * PAGE + 1 + height // 4)
-        yield decode(f"row of {height}", *keys, head_dim=128, page_size=PAGE, shared_pages=SHARED_PAGES), height
+        pages = SHARED_PAGES.get(height, MANY_SHARED_PAGES)
+        keys = range(pages * PAGE + 1, pages * PAGE + 1 + height // 4)
+        yield decode(f"row of {height}", *keys, head_dim=128, page_size=PAGE, shared_pages=pages), height
     for head_dim in sorted(entry.prefill):
         yield extend(f"prefill {head_dim}", (150, 150), (33, 120), (1, 65), head_dim=head_dim, page_size=PAGE), 0
 

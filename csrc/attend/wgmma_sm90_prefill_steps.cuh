@@ -106,8 +106,8 @@ __device__ __forceinline__ T quad_max(T x) {
   return max(x, __shfl_xor_sync(0xffffffff, x, 2));
 }
 
-// Raises the references of the warp's rows to their largest logit so far if any of them has a new maximum of more than
-// its share of the row. Returns whether it did; then O * factor[i] is due. Logits are compared with a row's limit
+// Raises the references of the warp's rows to their largest logit so far if any of them has a new maximum that is to be
+// one (Traits). Returns whether it did; then O * factor[i] is due. Logits are compared with a row's limit
 // by their bits, as integers, of which the hardware takes three at a time: floats that are not negative have their
 // bits' order.
 template <typename Tr>
@@ -145,11 +145,13 @@ __device__ __forceinline__ bool raise_references(const float (&s)[Tr::kBlockKeys
   }
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const bool few = rows.last[i] - rows.first[i] < Tr::kFewKeys;
-    // The thread's part of the sum is taken for a quarter.
-    const float share_log2 = __log2f((few ? 4.0f * Tr::kShareOfFew : 4.0f * Tr::kShareOfMany) * rows.sum[i]);
     const float reference = fmaxf(rows.reference[i], quad_max(largest[i]));
-    const float limit = fmaxf(reference, rows.reference[i] + __fdividef(share_log2, scale_log2));
+    float limit = reference + Tr::kRescaleLog2 / scale_log2;
+    if (rows.last[i] - rows.first[i] < Tr::kFewKeys) {
+      // The thread's part of the sum is taken for a quarter.
+      const float share_log2 = __log2f(4.0f * Tr::kReferenceShare * rows.sum[i]);
+      limit = fmaxf(reference, rows.reference[i] + __fdividef(share_log2, scale_log2));
+    }
     factor[i] = exp2_fast((rows.reference[i] - reference) * scale_log2);
     rows.sum[i] *= factor[i];
     rows.reference[i] = reference;
