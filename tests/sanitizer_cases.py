@@ -15,8 +15,8 @@ from cases import Case, decode, extend, make
 
 from flashcore_sglang import PagedAttention, variants
 
-# Packed queries of the row of the common pages, 4 heads a group: one and two teams of 16 (steps of few queries), then one
-# and two blocks of 64, full and not.
+# Packed queries of the row of the common pages, 4 heads a group: one and two teams of 16 (steps of few queries), then
+# one and two blocks of 64, full and not.
 HEIGHTS = (16, 28, 36, 64, 68, 128)
 NUM_CTAS = 6  # few enough for one of them to have several tiles, enough for rows to be cut
 PAGE = 64
