@@ -145,12 +145,17 @@ __device__ __forceinline__ bool raise_references(const float (&s)[Tr::kBlockKeys
   }
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
+    const bool few = rows.last[i] - rows.first[i] < Tr::kFewKeys;
+    // The thread's part of the sum is taken for a quarter.
+    const auto limit_by = [&](float share) {
+      return rows.reference[i] + __fdividef(__log2f(4.0f * share * rows.sum[i]), scale_log2);
+    };
     const float reference = fmaxf(rows.reference[i], quad_max(largest[i]));
-    float limit = reference + Tr::kRescaleLog2 / scale_log2;
-    if (rows.last[i] - rows.first[i] < Tr::kFewKeys) {
-      // The thread's part of the sum is taken for a quarter.
-      const float share_log2 = __log2f(4.0f * Tr::kReferenceShare * rows.sum[i]);
-      limit = fmaxf(reference, rows.reference[i] + __fdividef(share_log2, scale_log2));
+    float limit;
+    if constexpr (Tr::kAlwaysByShare) {
+      limit = fmaxf(reference, limit_by(few ? Tr::kShareOfFew : Tr::kShareOfMany));
+    } else {
+      limit = few ? fmaxf(reference, limit_by(Tr::kShareOfFew)) : reference + Tr::kRescaleLog2 / scale_log2;
     }
     factor[i] = exp2_fast((rows.reference[i] - reference) * scale_log2);
     rows.sum[i] *= factor[i];

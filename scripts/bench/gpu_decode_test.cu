@@ -229,7 +229,6 @@ void build(Problem& problem, const Case& c, const Options& options, bool poison)
              cta_indptr.data(),
              merge_indptr.data(),
              merge_rows.data(),
-             nullptr,
              counts.data(),
              options.ctas,
              options.rows_per_tile,

@@ -303,7 +303,6 @@ Problem build(const Case& c, bool whole, bool poison) {
                cta_indptr.data(),
                merge_indptr.data(),
                merge_rows.data(),
-               nullptr,
                counts.data(),
                p.num_sms,
                rows_per_tile,
