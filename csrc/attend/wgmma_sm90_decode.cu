@@ -209,7 +209,8 @@ int run_attend_wgmma_sm90_decode(const AttendParams& p) {
   const Params params = make_params(p);
   if (are_few(params)) return run_few(params);
   // Behind select (lists_begin) there is no room for two: the first one must not end before select does.
-  return p.decode && p.lists_begin == 0 ? run_either(params) : run_many(params);
+  const bool either = p.decode && p.lists_begin == 0 && has_short_strides(p);
+  return either ? run_either(params) : run_many(params);
 }
 
 }  // namespace flashcore

@@ -42,13 +42,13 @@ cudaError_t dispatch(const FewParams& params) {
 
 }  // namespace
 
-bool are_few(const Params& params) {
-  const AttendParams& p = params.attend;
-  const auto is_short = [](int64_t stride) { return stride == static_cast<int32_t>(stride); };
-  const bool short_strides = is_short(p.k_stride_page) && is_short(p.v_stride_page) &&
-                             is_short(p.k_stride_token * p.page_size) && is_short(p.v_stride_token * p.page_size) &&
-                             is_short(p.k_stride_head * p.num_kv_heads) && is_short(p.v_stride_head * p.num_kv_heads);
-  return p.num_tokens * params.group <= kFewQueries && short_strides;
+bool has_short_strides(const AttendParams& p) {
+  const auto is_short = [&](int64_t page, int64_t token, int64_t head) {
+    const int64_t in_page = token * p.page_size + head * p.num_kv_heads;
+    return page == static_cast<int32_t>(page) && in_page == static_cast<int32_t>(in_page);
+  };
+  return is_short(p.k_stride_page, p.k_stride_token, p.k_stride_head) &&
+         is_short(p.v_stride_page, p.v_stride_token, p.v_stride_head);
 }
 
 cudaError_t run_few(const Params& params) {

@@ -18,9 +18,8 @@
 // - Queries asked for behind the first keys instead of before them, short products for addresses: 1.5 us faster.
 // - All shared memory as the SM's carve-out, 33 pieces of a pair made 32: the merge takes 2 us instead of 6 (1 x 8K).
 // - Two teams that load their keys each for itself, instead of waiting for each other's: 8 x 32K shared 84 / 69.
-// - Nothing came of: a first piece of arithmetic, or a merge, rehearsed while nothing is there yet; page ids and
-// queries
-//   prefetched to L2; evict-first; two pieces a ring instead of three.
+// - Nothing came of: a first piece of arithmetic, or a merge, rehearsed while nothing is there yet; prefetches of page
+//   ids and queries to L2; evict-first; two pieces a ring instead of three.
 #pragma once
 
 #include "arithmetic.h"
@@ -193,7 +192,8 @@ __device__ __forceinline__ void attend_few(FewStorage<Traits>& shared, const Few
   const int queries = tile.q_count * params.group;
   const int team_warps = kN == 1 || queries <= kShortQueries ? kConsumerWarps : kConsumerWarps / 2;
   const bool alone = team_warps == kConsumerWarps;
-  const int member = warp & (team_warps - 1), first_warp = warp - member, first_query = first_warp * 8;
+  const int member = warp & (team_warps - 1), first_warp = warp - member;
+  const int first_query = first_warp * 8;  // the second of two teams begins with warp 2 and query 16
   const auto sync = [&] {
     if (alone) {
       __syncwarp();
