@@ -124,9 +124,11 @@ def test_pairs_enough_are_not_cut(variant: str) -> None:
     kit.check(problem, *kit.attend(problem, whole, variant=variant, rows_per_tile=rows_per_tile))
 
 
+# Alone, few and many: on Hopper these are three ways to launch, by two kernels.
 @pytest.mark.parametrize("variant", EVERY)
-def test_fixed_splits_do_not_depend_on_the_batch(variant: str) -> None:
-    together = decode("together", 500, 129, 64, 300)
+@pytest.mark.parametrize("others", [2, 40])
+def test_fixed_splits_do_not_depend_on_the_batch(others: int, variant: str) -> None:
+    together = decode("together", 500, 129, *(64 + 9 * i for i in range(others)))
     device, rows_per_tile = setup(together, variant)
     problem = make(together, device)
     plan = kit.make_plan(problem, rows_per_tile=rows_per_tile, split_keys=128)
