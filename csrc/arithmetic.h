@@ -29,6 +29,7 @@ struct Divisor {
   FLASHCORE_HD friend int32_t operator/(int32_t n, const Divisor& d) {
     return static_cast<int32_t>(static_cast<uint64_t>(static_cast<uint32_t>(n)) * d.factor >> d.shift);
   }
+  FLASHCORE_HD friend int32_t operator%(int32_t n, const Divisor& d) { return n - n / d * d.value; }
 };
 FLASHCORE_HD int32_t ceil_div(int32_t a, const Divisor& b) { return (a + b.value - 1) / b; }
 

@@ -15,13 +15,11 @@ from cases import Case, decode, extend, make
 
 from flashcore_sglang import PagedAttention, variants
 
-# Packed queries of the row of the common pages, 4 heads a group: one and two teams of 16 (steps of few queries), then
-# one and two blocks of 64, full and not.
-HEIGHTS = (16, 28, 36, 64, 68, 128)
 NUM_CTAS = 6  # few enough for one of them to have several tiles, enough for rows to be cut
 PAGE = 64
-SHARED_PAGES = {16: 96, 28: 48}  # enough for packing to pay; else
-MANY_SHARED_PAGES = 32
+# Packed queries of the row of the common pages, 4 heads a group: one and two teams of 16 (steps of few queries), then
+# one and two blocks of 64, full and not. And how many pages make packing them pay.
+SHARED_PAGES = {16: 96, 28: 48, 36: 32, 64: 32, 68: 32, 128: 32}
 
 
 def cases(variant: str) -> Iterator[tuple[Case, int]]:
@@ -30,8 +28,9 @@ def cases(variant: str) -> Iterator[tuple[Case, int]]:
     for head_dim in sorted(entry.decode):
         yield decode(f"ragged decode {head_dim}", 1, 65, 300, 0, head_dim=head_dim, page_size=PAGE), 4
         yield decode(f"ragged decode of many {head_dim}", *range(1, 360, 40), head_dim=head_dim, page_size=PAGE), 4
-    for height in (height for height in HEIGHTS if height <= entry.decode[128].rows_per_tile):
-        pages = SHARED_PAGES.get(height, MANY_SHARED_PAGES)
+    for height, pages in SHARED_PAGES.items():
+        if height > entry.decode[128].rows_per_tile:
+            continue
         keys = range(pages * PAGE + 1, pages * PAGE + 1 + height // 4)
         yield decode(f"row of {height}", *keys, head_dim=128, page_size=PAGE, shared_pages=pages), height
     for head_dim in sorted(entry.prefill):

@@ -187,11 +187,12 @@ cudaError_t run_many(const Params& params) {
 }
 
 // The kernel that the plan asks for: both in a row, of which one leaves.
-cudaError_t run_either(Params params) {
-  params.serves = Serves::sharing;
-  const cudaError_t error = run_many(params);
-  params.serves = Serves::not_sharing;
-  return error == cudaSuccess ? run_few(params) : error;
+cudaError_t run_either(const Params& params) {
+  Params part = params;
+  part.serves = Serves::sharing;
+  const cudaError_t error = run_many(part);
+  part.serves = Serves::not_sharing;
+  return error == cudaSuccess ? run_few(part) : error;
 }
 
 }  // namespace decode90

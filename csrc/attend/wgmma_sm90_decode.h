@@ -9,9 +9,9 @@ namespace flashcore::decode90 {
 
 Params make_params(const AttendParams&);
 
-cudaError_t run_many(const Params&);  // any plan
-cudaError_t run_few(const Params&);   // at most kFewQueries packed queries in all
-cudaError_t run_either(Params);       // decode of any number: run_many where pages are shared, else run_few
+cudaError_t run_many(const Params&);    // any plan
+cudaError_t run_few(const Params&);     // at most kFewQueries packed queries in all
+cudaError_t run_either(const Params&);  // decode of any number: run_many where pages are shared, else run_few
 
 bool has_short_strides(const AttendParams&);  // what run_few and run_either need of the cache
 inline bool are_few(const Params& params) {

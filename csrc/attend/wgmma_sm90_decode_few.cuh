@@ -99,6 +99,7 @@ class PieceLoader {
     const auto copy = [&](uint8_t* operand, const void* cache, const ShortStrides& stride) {
       const Element* from = static_cast<const Element*>(cache) + int64_t{page} * stride.page +
                             (token * stride.token + head_ * stride.head + chunk * 8);
+      // As swizzled() does, but the row's part of it is not to be computed again for every i: 24 instructions.
       const uint32_t to = shared_address(operand) + chunk / 8 * Traits::kSlabBytes + row * 128;
 #pragma unroll
       for (int i = 0; i < kWarpKeys; i += kRowsAtOnce) {
@@ -119,10 +120,9 @@ class PieceLoader {
   __device__ __forceinline__ void open(int i) {
     if (!tiles_.holds(i)) tiles_.load(i, lane_);
     const PageWindow window = pages_of(i);
-    const int pair = tiles_.pair(i);
     key_ = tiles_.kv_begin(i);
     kv_end_ = tiles_.kv_end(i);
-    head_ = pair - pair / params_.by_head * params_.by_head.value;
+    head_ = tiles_.pair(i) % params_.by_head;
     ids_begin_ = window.first;
     ids_ = ahead_tile_ == i ? ahead_ids_ : window.load(lane_);
     ahead_ = window;
@@ -146,12 +146,7 @@ class PieceLoader {
   }
 
   __device__ __forceinline__ PageWindow pages_of(int i) const {
-    const Plan& plan = params_.attend.plan;
-    const int page_begin = tiles_.page_begin(i), page_size = 1 << params_.page_shift;
-    const int lists_begin = params_.attend.lists_begin;
-    if (lists_begin > 0 && page_begin >= lists_begin) wait_for_primary();  // for select
-    return {plan.kv_indices + page_begin, tiles_.kv_begin(i) >> params_.page_shift,
-            (tiles_.kv_end(i) + page_size - 1) >> params_.page_shift};
+    return tiles_.pages(i, params_.page_shift, params_.attend.lists_begin);
   }
 
   const FewParams& params_;
@@ -168,19 +163,10 @@ class PieceLoader {
   int ahead_tile_ = -1;
 };
 
-// Packed query m of a tile.
-struct PackedQuery {
-  int token, head;
-  int32_t out_row;  // of out and lse, or of the partials
-
-  __device__ __forceinline__ PackedQuery(const FewParams& params, const Tile& tile, int m) {
-    const AttendParams& p = params.attend;
-    const int i_token = m / params.by_group, kv_head = tile.pair - tile.pair / params.by_head * params.by_head.value;
-    token = tile.q_begin < 0 ? p.plan.row_tokens[~tile.q_begin + i_token] : tile.q_begin + i_token;
-    head = kv_head * params.group + m - i_token * params.group;
-    out_row = tile.partial < 0 ? token * p.num_qo_heads + head : tile.partial + m;
-  }
-};
+__device__ __forceinline__ PackedQuery packed_query(const FewParams& params, const Tile& tile, int m) {
+  const int first_head = tile.pair % params.by_head * params.group;
+  return {params.attend, tile, first_head, m / params.by_group, m % params.by_group, m};
+}
 
 // A tile of at least one key, by teams of warps for 8 * kN queries each. One team: a warp takes the keys it has loaded.
 // Several (kN = 2): all warps wait for a unit, and each takes its team's share of it. `slot` is where the loader goes
@@ -213,10 +199,9 @@ __device__ __forceinline__ void attend_few(FewStorage<Traits>& shared, const Few
     if (++loaded < Traits::kStages) continue;  // the ring fills
     if (!known) {                              // the queries, while the first keys are on their way
       known = true;
-      const PackedQuery query(params, tile, min(first_query + lane % kShortQueries, queries - 1));
+      const PackedQuery query = packed_query(params, tile, min(first_query + lane % kShortQueries, queries - 1));
       const int position = p.plan.positions[query.token];
-      state.load_queries(static_cast<const typename Traits::Element*>(p.q),
-                         query.token * p.q_stride_token + query.head * p.q_stride_head, lane);
+      state.load_queries(static_cast<const typename Traits::Element*>(p.q), query.offset, lane);
       state.clear();
       out_row = query.out_row;
       const int last = position - tile.kv_pos;  // the last key of the row that a causal query sees
@@ -261,20 +246,20 @@ __global__ void __maxnreg__(216) attend_few_kernel(const __grid_constant__ FewPa
   auto& shared = *reinterpret_cast<FewStorage<Traits>*>(storage);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const Plan& plan = params.attend.plan;
-  TileRange range{plan.cta_indptr[blockIdx.x], plan.cta_indptr[blockIdx.x + 1]};
-  const int rows_packed = plan.counts[kRowsPacked];
+  const FirstRange first(plan);
   TileWindow tiles(plan);
   tiles.load(blockIdx.x, lane);
   allow_dependents();
 
-  if (params.serves == Serves::not_sharing && rows_packed > 0) range = {0, 0};
+  const bool serves = params.serves == Serves::all || first.rows_packed == 0;
+  const TileRange range = serves ? first.tiles : TileRange{0, 0};
   PieceLoader<Traits> loader(params, range, tiles, warp, lane);
   int loaded = 0, slot = 0;
   for (int i = range.begin; i < range.end; ++i) {
     const Tile tile = tiles.tile(i);
     if (tile.kv_begin == tile.kv_end) {
       const int queries = tile.q_count * params.group;
-      const PackedQuery query(params, tile, min(lane, queries - 1));
+      const PackedQuery query = packed_query(params, tile, min(lane, queries - 1));
       for (int m = warp; m < queries; m += kConsumerWarps) {
         store_empty<Traits>(params.attend, tile.partial < 0, __shfl_sync(~0u, query.out_row, m), lane);
       }

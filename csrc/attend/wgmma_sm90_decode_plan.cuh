@@ -4,8 +4,21 @@
 
 #include "attend/wgmma_sm90_decode_traits.cuh"
 #include "device/async_copy.cuh"
+#include "device/dependent_launch.cuh"
 
 namespace flashcore::decode90 {
+
+// What a CTA needs first; loaded before anything else, since all that follows hangs on it.
+struct FirstRange {
+  TileRange tiles;
+  int pages_read, rows_packed, num_tiles;
+
+  __device__ __forceinline__ explicit FirstRange(const Plan& plan)
+      : tiles{plan.cta_indptr[blockIdx.x], plan.cta_indptr[blockIdx.x + 1]},
+        pages_read(plan.counts[kPagesRead]),
+        rows_packed(plan.counts[kRowsPacked]),
+        num_tiles(plan.counts[kNumTiles]) {}
+};
 
 // Page columns [0, columns) of the tiles of a CTA, 32 at a time: lane l holds column first + l of the current window.
 struct PageWindow {
@@ -51,6 +64,29 @@ struct TileWindow {
   __device__ __forceinline__ int kv_begin(int i) const { return __shfl_sync(~0u, lanes_tile.kv_begin, i - base); }
   __device__ __forceinline__ int kv_end(int i) const { return __shfl_sync(~0u, lanes_tile.kv_end, i - base); }
   __device__ __forceinline__ int page_begin(int i) const { return __shfl_sync(~0u, lanes_tile.page_begin, i - base); }
+
+  // The first page columns of tile i, which is here. Of a list that select writes, from lists_begin on (0: none is),
+  // only once select is over.
+  __device__ __forceinline__ PageWindow pages(int i, int page_shift, int lists_begin) const {
+    const int begin = page_begin(i), page_size = 1 << page_shift;
+    if (lists_begin > 0 && begin >= lists_begin) wait_for_primary();
+    return {plan.kv_indices + begin, kv_begin(i) >> page_shift, (kv_end(i) + page_size - 1) >> page_shift};
+  }
+};
+
+// Packed query m of a tile whose first query head is first_head: query head head_in_group of the tile's token i_token.
+struct PackedQuery {
+  int token;
+  int64_t offset;   // into q
+  int32_t out_row;  // of out and lse, or of the partials
+
+  __device__ __forceinline__ PackedQuery(const AttendParams& p, const Tile& tile, int first_head, int i_token,
+                                         int head_in_group, int m) {
+    token = tile.q_begin < 0 ? p.plan.row_tokens[~tile.q_begin + i_token] : tile.q_begin + i_token;
+    const int head = first_head + head_in_group;
+    offset = token * p.q_stride_token + head * p.q_stride_head;
+    out_row = tile.partial < 0 ? token * p.num_qo_heads + head : tile.partial + m;
+  }
 };
 
 // Brings the beginnings of tables to L2, each CTA a few lines of each. Lane l takes table l / 4.

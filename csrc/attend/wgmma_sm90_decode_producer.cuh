@@ -9,18 +9,6 @@
 
 namespace flashcore::decode90 {
 
-// What the producers need first; loaded before anything else, since all that follows hangs on it.
-struct FirstRange {
-  TileRange tiles;
-  int pages_read, rows_packed, num_tiles;
-
-  __device__ __forceinline__ explicit FirstRange(const Plan& plan)
-      : tiles{plan.cta_indptr[blockIdx.x], plan.cta_indptr[blockIdx.x + 1]},
-        pages_read(plan.counts[kPagesRead]),
-        rows_packed(plan.counts[kRowsPacked]),
-        num_tiles(plan.counts[kNumTiles]) {}
-};
-
 // Deals ranges of tiles in the order of the plan: the first ones by CTA, the others to whoever is free, since an SM's
 // share of the bandwidth depends on its neighbours (up to a third more where a GPC has fewer SMs) and equal shares
 // would not end together.
@@ -113,13 +101,7 @@ __device__ __forceinline__ void load_tiles(SharedStorage<Traits>& shared, const 
   const CUtensorMap* map = is_v ? &v_map : &k_map;
   const int box_offset = (is_v ? Traits::kOperandBytes : 0) + box_slab * kSlabBytes + box_page * page_size * 128;
 
-  const int lists_begin = params.attend.lists_begin;
-  const auto first_pages = [&](int i) {
-    const int page_begin = tiles.page_begin(i);
-    if (lists_begin > 0 && page_begin >= lists_begin) wait_for_primary();  // for select
-    return PageWindow{params.attend.plan.kv_indices + page_begin, tiles.kv_begin(i) >> page_shift,
-                      (tiles.kv_end(i) + page_size - 1) >> page_shift};
-  };
+  const auto first_pages = [&](int i) { return tiles.pages(i, page_shift, params.attend.lists_begin); };
   PageWindow window{};
   int32_t next_ids = 0;
   bool fetched = false;  // whether next_ids are the first ones of the tile to come
@@ -183,7 +165,8 @@ __device__ __forceinline__ void produce_kv(SharedStorage<Traits>& shared, const 
   wait_for_primary();  // even if it was not needed: whatever follows this kernel relies on select being over
 }
 
-// Brings the tiles that TileWindow guesses to L1, without registers to hold them: the query warp has none left.
+// Brings the tiles that TileWindow guesses to L1, without registers to hold them: the query warp has none left. Nothing
+// was seen to come of it; but without it ptxas 13.0 spills 12 bytes where tiles hold 128 queries.
 __device__ __forceinline__ int32_t touch_tiles(const Plan& plan, int lane) {
   return plan.tiles[min(static_cast<int>(blockIdx.x) + lane, plan.max_tiles - 1)].pair;
 }
@@ -209,12 +192,10 @@ __device__ __forceinline__ void load_queries(SharedStorage<Traits>& shared, cons
       if (32 * i >= queries) break;
       const int m = 32 * i + lane;
       if (m < queries) {
-        const int i_token = m / params.group;
-        const int token = tile.q_begin < 0 ? p.plan.row_tokens[~tile.q_begin + i_token] : tile.q_begin + i_token;
-        const int head = first_head + m % params.group;
-        source[i] = token * p.q_stride_token + head * p.q_stride_head;
-        position[i] = p.plan.positions[token];
-        out_row[i] = tile.partial < 0 ? token * p.num_qo_heads + head : tile.partial + m;
+        const PackedQuery query(p, tile, first_head, m / params.group, m % params.group, m);
+        source[i] = query.offset;
+        position[i] = p.plan.positions[query.token];
+        out_row[i] = query.out_row;
       }
     }
     mbarrier_wait(&shared.q_empty, parity);
@@ -267,8 +248,8 @@ __device__ __forceinline__ void load_queries(SharedStorage<Traits>& shared, cons
   }
 }
 
-// The query warp: one tile ahead of the consumers. It finds the first range and tile by itself, so that the first
-// queries are on their way before the first keys and values are, of which there are many. `touched`: of touch_tiles.
+// The query warp: one tile ahead of the consumers. It finds the first range by itself, so that the first queries are on
+// their way before the first keys and values are, of which there are many. `touched`: of touch_tiles.
 template <typename Traits>
 __device__ __forceinline__ void produce_queries(SharedStorage<Traits>& shared, const Params& params,
                                                 const FirstRange& first, int32_t touched, int lane) {

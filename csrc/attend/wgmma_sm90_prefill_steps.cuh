@@ -107,9 +107,8 @@ __device__ __forceinline__ T quad_max(T x) {
 }
 
 // Raises the references of the warp's rows to their largest logit so far if any of them has a new maximum that is to be
-// one (Traits). Returns whether it did; then O * factor[i] is due. Logits are compared with a row's limit
-// by their bits, as integers, of which the hardware takes three at a time: floats that are not negative have their
-// bits' order.
+// one (Traits). Returns whether it did; then O * factor[i] is due. Logits are compared with a row's limit by their
+// bits, as integers, of which the hardware takes three at a time: floats that are not negative have their bits' order.
 template <typename Tr>
 __device__ __forceinline__ bool raise_references(const float (&s)[Tr::kBlockKeys / 2], RowState& rows, float scale_log2,
                                                  float (&factor)[2]) {

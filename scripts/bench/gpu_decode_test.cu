@@ -325,8 +325,7 @@ using Kernel = cudaError_t (*)(const decode90::Params&);
 std::vector<std::pair<const char*, Kernel>> kernels(const AttendParams& p) {
   if (!decode90::are_few(decode90::make_params(p))) {
     if (!p.decode) return {{"many", decode90::run_many}};
-    return {{"either", [](const decode90::Params& params) { return decode90::run_either(params); }},
-            {"many", decode90::run_many}};
+    return {{"either", decode90::run_either}, {"many", decode90::run_many}};
   }
   return {{"few", decode90::run_few}, {"many", decode90::run_many}};
 }
