@@ -28,6 +28,8 @@ REQUEST_SECONDS = 300
 CPU_ENVIRONMENT = {"SGLANG_PLATFORM": "flashcore_cpu", "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
 GPU_ENVIRONMENT = {"SGLANG_USE_SGL_FA3_KERNEL": "1"}  # the reference; else SGLang asks a hub for it
 
+_PORTS = itertools.count(random.randrange(10000, 30000, 100))
+
 
 @dataclass(frozen=True)
 class Result:
@@ -62,7 +64,7 @@ class Server:
         device: str = "cpu",
         environment: dict[str, str] | None = None,
     ) -> None:
-        self.port = _free_port()
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = folder / f"{backend}-{self.port}.log"
         arguments = ["--model-path", str(model), "--device", device, "--attention-backend", backend]
@@ -199,7 +201,14 @@ def _request(prompt: Sequence[int], new_tokens: int) -> dict[str, Any]:
     return {"input_ids": list(prompt), "sampling_params": sampling}
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def free_port() -> int:
+    """A port that no other server of this process gets, however long this one takes to bind it.
+
+    They are one behind the other, as SGLang takes a server's further ports 100 to 1000 above its first, and below those
+    that systems hand out.
+    """
+    for port in _PORTS:
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("unreachable: the ports have no end")
