@@ -43,6 +43,15 @@ struct alignas(16) Tile {
   int32_t kv_pos;      // position in the sequence of the row's first key
 };
 
+// Page columns [begin, end) of sparse requests that hold the same pages there, for policy topk: whoever scores one of
+// these pages scores it for all of them. The requests are those of the `rank` stretches in front of this one, and its
+// own.
+struct alignas(16) Stretch {
+  int32_t request;
+  int32_t rank;
+  int32_t begin, end;
+};
+
 // Slots of Plan::counts.
 enum Count : int32_t {
   kNumRows = 0,
@@ -54,8 +63,9 @@ enum Count : int32_t {
   kOverflow = 6,  // 1: a capacity was exceeded and the plan is not usable
   kNextTile = 7,  // cursors of kernels that take tiles one by one; 0 between launches
   kNextShortTile = 8,
-  kPagesDropped = 9,  // pages that top-p left out of the lists of all KV heads, since the buffers were made
-  kNumCounts = 10
+  kPagesDropped = 9,   // pages that top-p left out of the lists of all KV heads, since the buffers were made
+  kNumStretches = 10,  // 0: no two requests have pages to score in common, and stretches are not written
+  kNumCounts = 11
 };
 
 // A batch's work, in fixed-capacity device buffers so that one captured graph serves every batch of its size.
@@ -73,6 +83,7 @@ struct Plan {
   int32_t* cta_indptr;     // [num_ctas + 1] tiles of each CTA
   int32_t* merge_indptr;   // [num_tokens + 1] into merge_rows
   int32_t* merge_rows;     // [max_merge, 2] (row, index of the token in it), in the order of the keys
+  Stretch* stretches;      // [max_row_tokens]
   int32_t* counts;         // [kNumCounts]
   int32_t num_ctas;
   int32_t rows_per_tile;  // packed queries a tile holds at most
@@ -119,7 +130,7 @@ struct PlanParams {
   int32_t causal, window_left;  // window_left < 0: off
   Policy policy;                // window and topk apply to requests of one query token only
   SparseRows sparse;
-  int32_t share;       // find and pack shared prefixes (requests of one query token only)
+  int32_t share;       // find shared prefixes, to be packed or scored together (requests of one query token only)
   int32_t split_keys;  // 0: balance tiles over the CTAs; else cut every row each split_keys keys, whatever the batch
   void* stream;
 };

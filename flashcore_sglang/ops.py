@@ -134,7 +134,7 @@ def plan(
         causal, window_left: masks; ``window_left`` in keys, negative: off.
         policy: a ``Policy``.
         sparse: what the rows of policies window and topk read.
-        share: pack requests that share pages.
+        share: pack requests that share pages; topk: find pages that can be scored for several requests at once.
         split_keys: 0, or the fixed length of a tile in keys.
     """
     library().plan(

@@ -12,7 +12,7 @@ from cases import Case, Problem
 
 from flashcore_sglang import cublaslt, ops, reference
 from flashcore_sglang.planner import Capacity, Plan, PlannerOptions, make_planner
-from flashcore_sglang.planner.plan import ROW_FIELDS, TILE_FIELDS, Count
+from flashcore_sglang.planner.plan import ROW_FIELDS, STRETCH_FIELDS, TILE_FIELDS, Count
 
 
 def make_plan(
@@ -96,6 +96,7 @@ def make_untrimmed_plan(
         ints(cta_indptr),
         ints(merge_indptr),
         ints(merge_rows, -1, 2) if merge_rows else ints([], 0, 2),
+        ints([0] * STRETCH_FIELDS, 1, STRETCH_FIELDS),
         ints([len(rows), len(tiles), partials] + [0] * (Count.NUM_COUNTS - Count.PAGES_READ)),
     ]
 
@@ -119,7 +120,7 @@ def attend(
         scratch.plan(matmuls(case))
         workspace = scratch.tensor
     tensors = plan.tensors() if isinstance(plan, Plan) else plan
-    max_partials = plan.max_partials if isinstance(plan, Plan) else int(plan[12][2])
+    max_partials = plan.max_partials if isinstance(plan, Plan) else int(plan[-1][2])
     floats = {"dtype": torch.float32, "device": q.device}
     out = torch.full_like(q, torch.nan)
     lse = torch.full(q.shape[:2], torch.nan, **floats)

@@ -206,6 +206,7 @@ def check_plan(plan: Plan, batch: Batch) -> PlanView:
     check_tiles(view, batch, plan.capacity)
     check_ctas(view, batch)
     check_counts(view, batch)
+    check_stretches(plan, batch)
     return view
 
 
@@ -349,6 +350,39 @@ def check_counts(view: PlanView, batch: Batch) -> None:
     assert counts[Count.PAGES_DENSE] == sum(map(len, batch.tables))
     assert counts[Count.PAGES_READ] == sum(-(-row.kv_len // batch.page_size) for row in view.rows)
     assert counts[Count.ROWS_PACKED] == sum(bool(row.flags & PACKED) for row in view.rows)
+
+
+def scored_columns(batch: Batch, r: int) -> int:
+    """Policy topk scores the pages of a sparse request up to here."""
+    return len(batch.tables[r]) - batch.recent_pages if batch.policy is Policy.TOPK and batch.sparse(r) else 0
+
+
+def distinct_columns(batch: Batch) -> int:
+    """Page columns to score if requests share all that they have in common up to there."""
+    return len({tuple(batch.tables[r][: c + 1]) for r in range(batch.size) for c in range(scored_columns(batch, r))})
+
+
+def check_stretches(plan: Plan, batch: Batch) -> None:
+    """Every page to score stands once for every request, in columns and in the units of columns that kernels take."""
+    stretches = plan.stretches[: plan.counts[Count.NUM_STRETCHES]].tolist()
+    if not stretches:
+        return
+    for unit in (1, 4, 8, 16, 32):
+        taken: list[list[int]] = [[] for _ in batch.tables]
+        for i, (request, rank, begin, end) in enumerate(stretches):
+            # Whole units; of one request alone the last one, too.
+            first = max(begin - batch.sink_pages, 0) // unit
+            last = max(end - batch.sink_pages + (0 if rank else unit - 1), 0) // unit
+            pages = slice(batch.sink_pages + first * unit, batch.sink_pages + last * unit)
+            sharers = [stretch[0] for stretch in stretches[i - rank : i + 1]]
+            assert len(set(sharers)) == rank + 1
+            for r in sharers if first < last else []:
+                taken[r] += range(first, last)
+                own, theirs = (batch.tables[s][: scored_columns(batch, s)][pages] for s in (r, request))
+                assert own == theirs, "requests share the same pages"
+        for r, units in enumerate(taken):
+            columns = max(scored_columns(batch, r) - batch.sink_pages, 0)
+            assert sorted(units) == list(range(-(-columns // unit))), "each unit of a request is scored once"
 
 
 def pages_listed(plan: Plan, r: int, kv_len: int) -> list[int]:

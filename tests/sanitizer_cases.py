@@ -14,6 +14,7 @@ import kit
 from cases import Case, decode, extend, make
 
 from flashcore_sglang import PagedAttention, variants
+from flashcore_sglang.planner import Count
 
 NUM_CTAS = 6  # few enough for one of them to have several tiles, enough for rows to be cut
 PAGE = 64
@@ -53,17 +54,22 @@ def run_exact(variant: str) -> None:
 
 
 def run_topk() -> None:
-    """Summaries and selection, twice: a second step changes the last page."""
+    """Summaries and selection, twice: a second step changes the last page. Few requests, and many that share pages."""
     os.environ |= {f"FLASHCORE_{name}_TOKENS": str(n) for name, n in (("SINK", 64), ("RECENT", 64), ("BUDGET", 256))}
-    case = decode("topk", 900, 130, 70, head_dim=128, page_size=PAGE)
-    problem = make(case, "cuda")
-    attention = PagedAttention(device="cuda")
-    for _ in range(2):
-        attention.plan(
-            *problem.table, case.num_heads, case.num_kv_heads, case.head_dim, PAGE, causal=True, policy="topk"
-        )
-        out = attention.run(problem.q, (problem.k_cache, problem.v_cache))
-    assert bool(out.isfinite().all())
+    for case in (
+        decode("topk", 900, 130, 70, head_dim=128, page_size=PAGE),
+        decode("topk shared", *range(1200, 1236), head_dim=128, page_size=PAGE, shared_pages=16),
+    ):
+        problem = make(case, "cuda")
+        attention = PagedAttention(device="cuda")
+        for _ in range(2):
+            attention.plan(
+                *problem.table, case.num_heads, case.num_kv_heads, case.head_dim, PAGE, causal=True, policy="topk"
+            )
+            out = attention.run(problem.q, (problem.k_cache, problem.v_cache))
+        assert bool(out.isfinite().all())
+        shares = int(attention._planner.plan.counts[Count.NUM_STRETCHES]) > 0
+        assert shares == (case.shared_pages > 0)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ TensorArg describe_ints(const char* op, const char* name, const Tensor& tensor, 
 
 PlanArg describe_plan(const char* op, const std::vector<Tensor>& tensors, int device, int64_t num_tokens,
                       int64_t num_kv_heads, int64_t rows_per_tile, int64_t max_partials) {
-  require(tensors.size() == 13, op, "plan: expected the 13 tensors of Plan.tensors(), got ", tensors.size(),
+  require(tensors.size() == 14, op, "plan: expected the 14 tensors of Plan.tensors(), got ", tensors.size(),
           "; pass that list");
   const int64_t batch = tensors[0].numel() - 1;
   require(batch >= 0, op, "plan.qo_indptr: expected batch + 1 entries, got none; pass [0] for an empty batch");
@@ -78,7 +78,11 @@ PlanArg describe_plan(const char* op, const std::vector<Tensor>& tensors, int de
   const TensorArg merge_indptr = describe_ints(op, "plan.merge_indptr", tensors[10], num_tokens + 1, device);
   const TensorArg merge_rows = describe_ints(op, "plan.merge_rows", tensors[11], 0, device);
   require_shape(merge_rows, {kAnySize, 2}, "(max_merge, row and index)");
-  const TensorArg counts = describe_ints(op, "plan.counts", tensors[12], kNumCounts, device);
+  const TensorArg stretches = describe_ints(op, "plan.stretches", tensors[12], 0, device);
+  require_shape(stretches, {kAnySize, sizeof(Stretch) / sizeof(int32_t)}, "(max_row_tokens, fields of Stretch)");
+  require(stretches.size(0) == row_tokens.numel(), op, "plan.stretches: expected as many as plan.row_tokens, ",
+          row_tokens.numel(), ", got ", stretches.size(0), "; pass the tensors of one plan");
+  const TensorArg counts = describe_ints(op, "plan.counts", tensors[13], kNumCounts, device);
   return {
       .plan =
           {
@@ -94,6 +98,7 @@ PlanArg describe_plan(const char* op, const std::vector<Tensor>& tensors, int de
               .cta_indptr = cta_indptr.as<int32_t>(),
               .merge_indptr = merge_indptr.as<int32_t>(),
               .merge_rows = merge_rows.as<int32_t>(),
+              .stretches = stretches.as<Stretch>(),
               .counts = counts.as<int32_t>(),
               .num_ctas = static_cast<int32_t>(cta_indptr.numel() - 1),
               .rows_per_tile = static_cast<int32_t>(rows_per_tile),

@@ -1,7 +1,7 @@
 // The plan on the device, without a word to the host: one launch, three with sharing.
 //
 //   trace    (requests)       a CTA a request: its path down the prefix tree (share.cuh)
-//   walk     (requests / 16)  a warp a request: nodes of the prefix tree (share.cuh)
+//   walk     (requests / 16)  a warp a request: nodes of the prefix tree, stretches that are scored once (share.cuh)
 //   plan     16 CTAs          rows, cuts, CTA ranges: what needs sums (build.h); tokens and tiles (write.h)
 //
 // Each launch begins while the one before it ends (dependent_launch.cuh). There are no atomics, so a plan is the same
@@ -98,7 +98,7 @@ int run_plan_cuda(const PlanParams& params) {
   if (share) {
     run(launch<trace_kernel<true>, trace_kernel<false>>, p.batch, kTraceThreads, p.batch * sizeof(Shareable));
     run(launch<walk_kernel<true>, walk_kernel<false>>, ceil_div(p.batch, kWalkThreads / kWarp), kWalkThreads,
-        kMaxLevels * p.batch * (sizeof(Path) + sizeof(bool)));
+        walk_bytes(p));
   }
   cudaFuncSetAttribute(plan_kernel<true>, cudaFuncAttributePreferredSharedMemoryCarveout,
                        share ? cudaSharedmemCarveoutDefault : kAlonePercent);

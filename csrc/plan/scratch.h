@@ -27,6 +27,7 @@ struct alignas(16) Link {
 // What share.h finds out for build.h and write.h.
 struct Found {
   Path* paths;              // [batch, kMaxLevels] the owners that a request follows, one after the other
+  Path* scored;             // [batch, kMaxLevels] the same for what policy topk scores; no request has both
   int32_t* levels;          // [batch] nodes the request is in
   int32_t* packed_columns;  // [batch] page columns [0, packed_columns) of the request are in nodes
   Link* chain;              // [batch, kMaxLevels] the nodes of a request, and none behind them; by node for owners
@@ -60,6 +61,11 @@ FLASHCORE_HD bool shares_pages(const PlanJob& p) {
   return p.share && p.split_keys == 0 && p.window_left < 0 && p.batch > 1 && tokens_per_row(p) > 1;
 }
 
+// Whether requests are looked through for pages that they can have scored together.
+FLASHCORE_HD bool shares_scores(const PlanJob& p) {
+  return shares_pages(p) && p.policy == Policy::topk && p.plan.max_row_tokens >= kMaxLevels * p.batch;
+}
+
 // Hands out pieces of one block of memory.
 struct Block {
   int32_t* begin;
@@ -81,6 +87,7 @@ FLASHCORE_HD Found found_of(const PlanJob& p) {
   const int64_t nodes = static_cast<int64_t>(p.batch) * kMaxLevels;
   found.chain = block.take<Link>(nodes);
   found.paths = block.take<Path>(nodes);
+  if (shares_scores(p)) found.scored = block.take<Path>(nodes);
   found.levels = block.take(p.batch);
   found.packed_columns = block.take(p.batch);
   found.size = block.size();

@@ -74,22 +74,39 @@ __global__ void __launch_bounds__(kTraceThreads, 4) trace_kernel(PlanJob p, Foun
   }
 }
 
+__device__ inline Edge over_lanes(const Edge& sum) {
+  return {__reduce_add_sync(~0u, sum.members), __reduce_add_sync(~0u, sum.rank), __reduce_min_sync(~0u, sum.end)};
+}
+__device__ inline Place over_lanes(const Place& sum) {
+  return {__reduce_add_sync(~0u, sum.before), __reduce_add_sync(~0u, sum.rank), __reduce_max_sync(~0u, sum.next)};
+}
+__device__ inline ScoredSum over_lanes(const ScoredSum& sum) {
+  return {__reduce_add_sync(~0u, sum.stretches), __reduce_add_sync(~0u, sum.shared),
+          __reduce_add_sync(~0u, sum.columns)};
+}
+
 // The lanes of a warp.
 struct WalkTeam {
   __device__ bool leads() const { return threadIdx.x % kWarp == 0; }
 
   template <class Value>
-  __device__ Edge sum(int32_t n, Value value) const {
+  __device__ auto sum(int32_t n, Value value) const {
+    using Sum = decltype(value(0));
     constexpr int kUnroll = 8;  // items of a lane that are looked at side by side
-    Edge sum;
+    Sum sum;
 #pragma unroll 1
     for (int32_t base = threadIdx.x % kWarp; base < n; base += kUnroll * kWarp) {
 #pragma unroll
-      for (int k = 0; k < kUnroll; ++k) sum = sum + (base + k * kWarp < n ? value(base + k * kWarp) : Edge{});
+      for (int k = 0; k < kUnroll; ++k) sum = sum + (base + k * kWarp < n ? value(base + k * kWarp) : Sum{});
     }
-    return {__reduce_add_sync(~0u, sum.members), __reduce_add_sync(~0u, sum.rank), __reduce_min_sync(~0u, sum.end)};
+    return over_lanes(sum);
   }
 };
+
+// Bytes of shared memory of a walk.
+inline int64_t walk_bytes(const PlanJob& p) {
+  return kMaxLevels * p.batch * static_cast<int64_t>((shares_scores(p) ? 2 : 1) * sizeof(Path) + sizeof(bool));
+}
 
 template <bool kInShared>
 __global__ void __launch_bounds__(kWalkThreads) walk_kernel(PlanJob p, Found found) {
@@ -97,8 +114,9 @@ __global__ void __launch_bounds__(kWalkThreads) walk_kernel(PlanJob p, Found fou
   allow_dependents();
   const int32_t r = (blockIdx.x * kWalkThreads + threadIdx.x) / kWarp;
   if constexpr (kInShared) {
-    Path* paths = reinterpret_cast<Path*>(memory);                           // [kMaxLevels, batch]
-    bool* followed = reinterpret_cast<bool*>(paths + kMaxLevels * p.batch);  // [kMaxLevels, batch]
+    Path* paths = reinterpret_cast<Path*>(memory);                                               // [kMaxLevels, batch]
+    Path* scored = paths + kMaxLevels * p.batch;                                                 // [kMaxLevels, batch]
+    bool* followed = reinterpret_cast<bool*>(scored + shares_scores(p) * kMaxLevels * p.batch);  // [kMaxLevels, batch]
     for (int32_t i = threadIdx.x; i < kMaxLevels * p.batch; i += kWalkThreads) followed[i] = false;
     __syncthreads();
     wait_for_primary();
@@ -112,18 +130,27 @@ __global__ void __launch_bounds__(kWalkThreads) walk_kernel(PlanJob p, Found fou
         const auto [owner, end] = paths[round * p.batch + i] = its[round];
         if (owner >= 0 && owner != i) followed[round * p.batch + owner] = true;
       }
+      if (!shares_scores(p)) continue;
+#pragma unroll
+      for (int round = 0; round < kMaxLevels; ++round) {
+        scored[round * p.batch + i] = found.scored[i * kMaxLevels + round];
+      }
     }
     __syncthreads();
     if (r >= p.batch) return;
     walk(
         p, found, WalkTeam{}, r, [&](int32_t round, int32_t i) { return paths[round * p.batch + i]; },
         [&](int32_t round, int32_t i) { return followed[round * p.batch + i]; });
+    if (!shares_scores(p)) return;
+    place_stretches(p, WalkTeam{}, r, [&](int32_t round, int32_t i) { return scored[round * p.batch + i]; });
   } else {
     wait_for_primary();
     if (r >= p.batch) return;
     walk(
         p, found, WalkTeam{}, r, [&](int32_t round, int32_t i) { return found.paths[i * kMaxLevels + round]; },
         [](int32_t, int32_t) { return true; });
+    if (!shares_scores(p)) return;
+    place_stretches(p, WalkTeam{}, r, [&](int32_t round, int32_t i) { return found.scored[i * kMaxLevels + round]; });
   }
 }
 

@@ -121,6 +121,7 @@ struct Writer {
     counts[kOverflow] = 0;
     counts[kNextTile] = 0;
     counts[kNextShortTile] = 0;
+    if (!shares_scores(p)) counts[kNumStretches] = 0;
   }
 
   FLASHCORE_TEAM int32_t request_of_token(int32_t t) const {

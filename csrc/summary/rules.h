@@ -1,4 +1,4 @@
-// What the CPU's and the GPU's page selection agree on, to the last bit.
+// What the CPU's and the GPU's page selection agree on.
 //
 //   score(page) = reduction over the query heads g of the group of  a . first + weight * (b . second)
 //
@@ -7,12 +7,13 @@
 //   min_max    minimum  maximum     min(q_g,0)  max(q_g,0)  1            (what no key of the page exceeds: Quest)
 //   mean       mean     -           q_g         -           -
 //
-// Sums: each block of 8 channels in order, then the blocks pairwise, from the far half to the near one. A product of
-// two 16-bit floats is exact in fp32, so it does not matter whether a machine fuses the additions of those; no others
-// are.
+// A product of two 16-bit floats is exact in fp32. Sums on the CPU: each block of 8 channels in order, then the blocks
+// pairwise, from the far half to the near one; heads in order. On the GPU: as tensor cores add, heads pairwise. What is
+// chosen from equal scores is the same to the last bit.
 #pragma once
 
 #include <bit>
+#include <limits>
 
 #include "arithmetic.h"
 #include "plan/schedule.h"
@@ -87,18 +88,21 @@ struct ScoreRule {
         weight(p.pages.summaries.kind == SummaryKind::mean_std ? p.std_weight : 1.0f),
         sm_scale(p.sm_scale) {}
   FLASHCORE_HD float join(float first, float second) const { return add(first, multiply(weight, second)); }
-  // The first `heads` heads gave `reduced`. A mean's divisor does not change the order and is left out.
+
+  // A head's part in the reduction; that of a head which does not exist; two parts. A mean's divisor does not change
+  // the order and is left out.
   template <GroupReduction kReduction>
-  FLASHCORE_HD float reduce(int32_t heads, float reduced, float score) const {
-    if (kReduction == GroupReduction::logsumexp) score = multiply(score, sm_scale);
-    if (heads == 0) return score;
-    if (kReduction == GroupReduction::max) return larger(reduced, score);
-    return kReduction == GroupReduction::mean ? add(reduced, score) : log_sum_exp(reduced, score);
+  FLASHCORE_HD float of_head(float score) const {
+    return kReduction == GroupReduction::logsumexp ? multiply(score, sm_scale) : score;
   }
-  FLASHCORE_HD float reduce(int32_t heads, float reduced, float score) const {
-    if (reduction == GroupReduction::max) return reduce<GroupReduction::max>(heads, reduced, score);
-    if (reduction == GroupReduction::mean) return reduce<GroupReduction::mean>(heads, reduced, score);
-    return reduce<GroupReduction::logsumexp>(heads, reduced, score);
+  template <GroupReduction kReduction>
+  FLASHCORE_HD float nothing() const {
+    return kReduction == GroupReduction::mean ? 0.0f : -std::numeric_limits<float>::infinity();
+  }
+  template <GroupReduction kReduction>
+  FLASHCORE_HD float combine(float a, float b) const {
+    if (kReduction == GroupReduction::max) return larger(a, b);
+    return kReduction == GroupReduction::mean ? add(a, b) : log_sum_exp(a, b);
   }
 };
 

@@ -1,4 +1,5 @@
-// Page selection on CPU threads: see score.cu and select.cu. One task for each request and KV head.
+// Page selection on CPU threads: see score.cuh and select.cu. One task for each request, or stretch that requests
+// share, and KV head.
 #include <algorithm>
 #include <atomic>
 #include <vector>
@@ -39,32 +40,65 @@ float dot(const Blocks& query, const Blocks& summary, float* sums) {
   return sums[0];
 }
 
+// The first `heads` heads gave `reduced`.
+template <GroupReduction kReduction>
+float reduce(const ScoreRule& rule, int32_t heads, float reduced, float score) {
+  const float own = rule.of_head<kReduction>(score);
+  return heads == 0 ? own : rule.combine<kReduction>(reduced, own);
+}
+
+float reduce(const ScoreRule& rule, int32_t heads, float reduced, float score) {
+  if (rule.reduction == GroupReduction::max) return reduce<GroupReduction::max>(rule, heads, reduced, score);
+  if (rule.reduction == GroupReduction::mean) return reduce<GroupReduction::mean>(rule, heads, reduced, score);
+  return reduce<GroupReduction::logsumexp>(rule, heads, reduced, score);
+}
+
+// Scores the columns [begin, end) of a page table for each of the requests, which all have these pages there.
 template <class T, class S>
-void score_pages(const SelectParams& p, const Choice& choice, int32_t r, int32_t kv_head, float* scores) {
+void score_pages(const SelectParams& p, const int32_t* table, int32_t begin, int32_t end,
+                 const std::vector<int32_t>& requests, int32_t kv_head) {
   const int32_t group = p.num_qo_heads / p.pages.num_kv_heads, dim = p.pages.head_dim;
-  const int32_t vectors = p.pages.summaries.vectors();
+  const int32_t vectors = p.pages.summaries.vectors(), queries = group * vectors;
   const ScoreRule rule(p);
-  std::vector<Blocks> query(group * vectors, Blocks(dim));
-  for (int32_t i = 0; i < group * vectors; ++i) {
-    const int64_t head = kv_head * group + i / vectors;
-    query[i].load(static_cast<const T*>(p.q) + p.plan.qo_indptr[r] * p.q_stride_token + head * p.q_stride_head, dim);
+  std::vector<Blocks> query(requests.size() * queries, Blocks(dim));
+  for (size_t i = 0; i < query.size(); ++i) {
+    const int64_t token = p.plan.qo_indptr[requests[i / queries]], head = kv_head * group + i % queries / vectors;
+    query[i].load(static_cast<const T*>(p.q) + token * p.q_stride_token + head * p.q_stride_head, dim);
     for (float& q : query[i].values) q = query_form(p.pages.summaries.kind, i % vectors, q);
   }
   Blocks first(dim), second(dim);
   std::vector<float> sums(first.lanes);
-  for (int32_t column = choice.middle_begin; column < choice.middle_end; ++column) {
+  for (int32_t column = begin; column < end; ++column) {
     const S* summary = static_cast<const S*>(p.pages.summaries.data) +
-                       (int64_t{choice.table[column]} * p.pages.num_kv_heads + kv_head) * vectors * dim;
+                       (int64_t{table[column]} * p.pages.num_kv_heads + kv_head) * vectors * dim;
     first.load(summary, dim);
     if (vectors == 2) second.load(summary + dim, dim);
-    float score = 0.0f;
-    for (int32_t g = 0; g < group; ++g) {
-      float own = dot(query[g * vectors], first, sums.data());
-      if (vectors == 2) own = rule.join(own, dot(query[g * vectors + 1], second, sums.data()));
-      score = rule.reduce(g, score, own);
+    for (size_t m = 0; m < requests.size(); ++m) {
+      const Blocks* own = query.data() + m * queries;
+      float score = 0.0f;
+      for (int32_t g = 0; g < group; ++g) {
+        float head = dot(own[g * vectors], first, sums.data());
+        if (vectors == 2) head = rule.join(head, dot(own[g * vectors + 1], second, sums.data()));
+        score = reduce(rule, g, score, head);
+      }
+      scores_of(p, requests[m], kv_head)[column] = score;
     }
-    scores[column] = score;
   }
+}
+
+constexpr int32_t kPieceColumns = 64;  // of a stretch are a task: one document may be all there is
+
+template <class T, class S>
+void score_stretch(const SelectParams& p, int32_t i, int32_t kv_head, int32_t piece) {
+  const Stretch& stretch = p.plan.stretches[i];
+  const int32_t begin = std::max({stretch.begin, p.sparse.sink_pages, piece * kPieceColumns});
+  const int32_t end = std::min({stretch.end, p.pages.max_columns, (piece + 1) * kPieceColumns});
+  if (begin >= end) return;
+  std::vector<int32_t> requests;
+  for (const Stretch* sharer = &stretch - stretch.rank; sharer <= &stretch; ++sharer) {
+    requests.push_back(sharer->request);
+  }
+  score_pages<T, S>(p, p.plan.kv_indices + p.plan.kv_indptr[stretch.request], begin, end, requests, kv_head);
 }
 
 // How many of the best columns, which come in order, have mass enough; all of them where they have not.
@@ -109,12 +143,18 @@ int run_select_cpu(const SelectParams& p) {
       const int32_t page = filled_page(p.pages, r);
       if (page >= 0) summarize_page<T, S>(p.pages, page, p.pages.page_size);
     });
+    const int32_t stretches = p.plan.counts[kNumStretches];
+    const int32_t pieces = ceil_div(p.pages.max_columns, kPieceColumns), tasks = pieces * p.pages.num_kv_heads;
+    parallel_for(stretches * tasks,
+                 [&](int task) { score_stretch<T, S>(p, task / tasks, task % tasks / pieces, task % pieces); });
     parallel_for(p.pages.batch * p.pages.num_kv_heads, [&](int task) {
       const int32_t r = task / p.pages.num_kv_heads, kv_head = task % p.pages.num_kv_heads;
       const Choice choice(p, r);
       if (!choice.needed()) return;
       float* scores = scores_of(p, r, kv_head);
-      score_pages<T, S>(p, choice, r, kv_head, scores);
+      if (stretches == 0) {
+        score_pages<T, S>(p, choice.table, choice.middle_begin, choice.middle_end, {r}, kv_head);
+      }
       const int32_t chosen = choose(p, choice, scores, list_of(p, r, kv_head)), dropped = choice.count(p) - chosen;
       if (!has_top_p(p)) return;
       end_tiles(p, r, kv_head, choice.budget - dropped, 0, 1);

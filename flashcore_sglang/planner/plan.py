@@ -13,6 +13,7 @@ import torch
 SPLIT_UNIT = 64  # keys; kSplitUnit in csrc/params.h
 ROW_FIELDS = 8  # int32 fields of struct Row
 TILE_FIELDS = 8  # int32 fields of struct Tile
+STRETCH_FIELDS = 4  # int32 fields of struct Stretch
 UNCUT = 1 << 30  # keys of a tile where rows are not to be cut
 PLAN_CTAS = 16  # that make the sums of a plan, each for itself; kPlanCtas in csrc/plan/plan.cu
 MAX_LEVELS = 4  # packed rows that a request is in at most; kMaxLevels in csrc/plan/scratch.h
@@ -37,7 +38,8 @@ class Count(IntEnum):
     ROWS_PACKED = 5
     OVERFLOW = 6
     PAGES_DROPPED = 9
-    NUM_COUNTS = 10
+    NUM_STRETCHES = 10
+    NUM_COUNTS = 11
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Capacity:
         rows_per_tile: packed queries (token x head in group) that one tile holds.
         num_ctas: CTAs (CPU: threads) the tiles are dealt to.
         sparse_pages: entries for the page lists of sparse rows, behind the dense ones.
-        share: room for packed rows of requests that share pages.
+        share: room for packed rows of requests that share pages, and for stretches that are scored together.
         page_size: keys in a page.
         split_keys: 0, or the fixed length of a tile in deterministic mode.
         pairs_per_cta: (row, KV head) pairs for each CTA that make cuts needless, see ``variants.Tiling``; 0: none do.
@@ -141,7 +143,7 @@ class Capacity:
     @property
     def scratch_size(self) -> int:
         """int32 entries the planner works in: csrc/plan/scratch.h."""
-        found = (2 + 6 * MAX_LEVELS) * self.batch + 3 if self.packs else 0
+        found = (2 + 8 * MAX_LEVELS) * self.batch + 3 if self.packs else 0
         nodes = 2 * MAX_LEVELS * self.batch if self.packs else 0
         sums = 6 + 13 * (self.max_rows + 1) + 5 * (self.num_ctas + 1) + 2 * (self.batch + 1) + nodes + 3
         return found + PLAN_CTAS * sums
@@ -164,6 +166,7 @@ class Plan:
     cta_indptr: torch.Tensor
     merge_indptr: torch.Tensor
     merge_rows: torch.Tensor
+    stretches: torch.Tensor
     counts: torch.Tensor
     scratch: torch.Tensor  # [scratch_size] written anew by every plan
     batch: int  # requests of the current plan, at most capacity.batch
@@ -191,6 +194,7 @@ class Plan:
             cta_indptr=ints(c.num_ctas + 1),
             merge_indptr=ints(c.tokens + 1),
             merge_rows=ints(c.max_merge, 2),
+            stretches=ints(max(c.max_row_tokens, 1), STRETCH_FIELDS),
             counts=ints(Count.NUM_COUNTS),
             scratch=ints(c.scratch_size),
             batch=c.batch,
@@ -222,5 +226,6 @@ class Plan:
             self.cta_indptr,
             self.merge_indptr,
             self.merge_rows,
+            self.stretches,
             self.counts,
         ]

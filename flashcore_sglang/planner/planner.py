@@ -30,7 +30,7 @@ class PlannerOptions:
         group_reduction: topk: one score of a KV head's query heads.
         top_p: topk: of the pages of the budget so many of the best are read as have this share of the softmax, by the
             scores of all pages to choose from; 1: all of them.
-        share: read pages that requests share once.
+        share: read pages that requests share once; topk: score them once.
         split_keys: 0, or the fixed length of a tile in keys: results then do not depend on the rest of the batch.
     """
 

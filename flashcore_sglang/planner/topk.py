@@ -4,6 +4,9 @@ After Quest (arXiv 2406.10774), with mean and standard deviation of K in place o
 configuration says otherwise. How many pages a row reads is known when the batch is planned, so tiles are cut once;
 which pages, the select op writes before a layer attends. Sinks and recent pages are always in.
 
+Pages that requests share are scored for all of them at once: the plan says which (``Plan.stretches``), and the scores
+are those that each request would get by itself, to the bit.
+
 With top-p (after Twilight, arXiv 2502.02770) a KV head whose softmax is concentrated reads fewer: select ends the tiles
 of its row early. The plan is cut for whole budgets, so that it is bytes that this saves, and time where all heads do.
 """
