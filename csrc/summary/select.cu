@@ -1,8 +1,9 @@
 // The pages that each sparse request and KV head reads: those of the best scores (score.cuh), in the order of the
 // sequence.
 //
-// Grid one CTA for each request and KV head, 1024 threads, each with a stretch of neighbouring columns: keys of 4096
-// in registers, page ids in shared memory; longer requests read theirs from L2. While the scores are still made a CTA
+// Grid one CTA for each request and KV head, of 1024 threads, or of 256 where that many do not fit the GPU at a time.
+// Each thread has a stretch of neighbouring columns: keys of 4096 in registers, page ids in shared memory; longer
+// requests read theirs from L2. While the scores are still made a CTA
 // writes the summary of its request's last page if the step has filled it, and all of the list that needs no score.
 // Then the key of the last page that fits the budget is found by a radix select over the range that the keys really
 // span: 2048 counts a round, each round narrowing the range to one bucket until all or one key of it is wanted (two
@@ -21,12 +22,11 @@ cudaError_t launch_score_fp16(const SelectParams& p);
 
 namespace {
 
-constexpr int kThreads = 1024;
-constexpr int kWarps = kThreads / kWarp;
+constexpr int kMostThreads = 1024, kCtasPerSm = 2;
+constexpr int kFewerThreads = 256, kMoreCtasPerSm = 6;
 constexpr int kBucketBits = 11;
 constexpr int kBuckets = 1 << kBucketBits;
 constexpr int kStaged = 4096;
-constexpr int kHeld = kStaged / kThreads;
 
 // How many columns stand before one in the list: those of a higher key, and those of just the threshold's.
 struct Places {
@@ -38,9 +38,9 @@ struct Places {
 struct Shared {
   alignas(16) int32_t table[kStaged];  // page ids; before them the keys of the page that is summarised
   int32_t counts[kBuckets];            // 0 but during a round
-  uint32_t lowest[kWarps], highest[kWarps];
-  int32_t sums[kWarps];
-  Places places[kWarps];
+  uint32_t lowest[kMostThreads / kWarp], highest[kMostThreads / kWarp];
+  int32_t sums[kMostThreads / kWarp];
+  Places places[kMostThreads / kWarp];
   int32_t all_mass, chosen;  // top-p
   struct {
     int32_t bucket, wanted, inside;
@@ -61,7 +61,11 @@ __device__ T sum_before(T value, T* sums) {
 }
 
 // The middle columns of one request and KV head, of which the thread has the stretch [begin, end).
+template <int kThreads_>
 struct Columns {
+  static constexpr int kThreads = kThreads_, kWarps = kThreads / kWarp;
+  static constexpr int kHeld = kThreads == kMostThreads ? 4 : 8;
+
   const float* scores;
   const int32_t* table;
   int32_t* staged;  // a copy of the table, where there is room
@@ -101,6 +105,7 @@ struct Threshold {
 };
 
 // The lowest and the highest key.
+template <class Columns>
 __device__ uint2 key_range(const Columns& columns, Shared& shared) {
   uint32_t lowest = ~0u, highest = 0;
   columns.for_each([&](uint32_t key, int32_t) {
@@ -114,7 +119,7 @@ __device__ uint2 key_range(const Columns& columns, Shared& shared) {
     shared.highest[threadIdx.x / kWarp] = highest;
   }
   __syncthreads();
-  const int32_t warp = threadIdx.x % kWarps;
+  const int32_t warp = threadIdx.x % Columns::kWarps;
   return {__reduce_min_sync(~0u, shared.lowest[warp]), __reduce_max_sync(~0u, shared.highest[warp])};
 }
 
@@ -124,7 +129,7 @@ __device__ Threshold stricter(const Threshold& a, const Threshold& b) {
 }
 
 // The columns of the highest keys whose sizes (of 1 at least, equal for equal keys) add up to `wanted`.
-template <class Size>
+template <class Columns, class Size>
 __device__ Threshold find_threshold(const Columns& columns, uint2 range, int32_t wanted, Shared& shared, Size size) {
   uint32_t low = range.x, span = range.y - range.x;  // keys low .. low + span are left
   while (true) {
@@ -135,7 +140,7 @@ __device__ Threshold find_threshold(const Columns& columns, uint2 range, int32_t
     });
     __syncthreads();
     // The bucket, counted from the top, in which the wanted page is; a thread has kEach of them.
-    constexpr int32_t kEach = kBuckets / kThreads;
+    constexpr int32_t kEach = kBuckets / Columns::kThreads;
     const int32_t top = kBuckets - 1 - static_cast<int32_t>(threadIdx.x) * kEach;
     int32_t inside[kEach], own = 0;
 #pragma unroll
@@ -159,7 +164,7 @@ __device__ Threshold find_threshold(const Columns& columns, uint2 range, int32_t
 }
 
 // The columns that the budget has room for, or with top-p those of them that are enough.
-template <bool kTopP>
+template <bool kTopP, class Columns>
 __device__ Threshold choose(const SelectParams& p, const Choice& choice, const Columns& columns, Shared& shared) {
   const uint2 range = key_range(columns, shared);
   const Threshold fits = find_threshold(columns, range, choice.count(p), shared, [](uint32_t) { return 1; });
@@ -169,12 +174,13 @@ __device__ Threshold choose(const SelectParams& p, const Choice& choice, const C
   int32_t own = 0;
   columns.for_each([&](uint32_t key, int32_t) { own += mass(key); });
   const int32_t before = sum_before(own, shared.sums);
-  if (threadIdx.x == kThreads - 1) shared.all_mass = before + own;
+  if (threadIdx.x == Columns::kThreads - 1) shared.all_mass = before + own;
   __syncthreads();
   return stricter(fits, find_threshold(columns, range, enough_mass(p, shared.all_mass), shared, mass));
 }
 
 // Returns, in the last thread, how many columns are listed.
+template <class Columns>
 __device__ int32_t write_list(const Columns& columns, Threshold threshold, int32_t* list, Shared& shared) {
   const auto place = [&](uint32_t key) { return Places{key > threshold.key, key == threshold.key}; };
   Places before{};
@@ -194,10 +200,10 @@ __device__ int32_t write_list(const Columns& columns, Threshold threshold, int32
 __device__ void end_list(const SelectParams& p, const Choice& choice, int32_t r, int32_t kv_head, int32_t chosen) {
   const int32_t dropped = choice.count(p) - chosen, recent = p.sparse.recent_pages;
   int32_t* end = list_of(p, r, kv_head) + choice.budget - dropped;
-  for (int32_t i = threadIdx.x; i < recent; i += kThreads) {
+  for (int32_t i = threadIdx.x; i < recent; i += blockDim.x) {
     end[i - recent] = choice.table[choice.pages - recent + i];
   }
-  end_tiles(p, r, kv_head, choice.budget - dropped, threadIdx.x, kThreads);
+  end_tiles(p, r, kv_head, choice.budget - dropped, threadIdx.x, blockDim.x);
   if (threadIdx.x == 0) atomicAdd(p.plan.counts + kPagesDropped, dropped);
 }
 
@@ -209,7 +215,7 @@ __device__ void fill_summary(const SummarizeParams& p, int64_t page, int32_t kv_
   int64_t stride = p.k_stride_token;
   if (p.page_size * p.head_dim * sizeof(T) <= sizeof(shared.table)) {
     T* staged = reinterpret_cast<T*>(shared.table);
-    for (int32_t i = threadIdx.x; i < p.page_size * blocks; i += kThreads) {
+    for (int32_t i = threadIdx.x; i < p.page_size * blocks; i += blockDim.x) {
       const Block<T> block = load_block(k + i / blocks * stride + i % blocks * kBlock);
       *reinterpret_cast<Block<T>*>(staged + i * kBlock) = block;
     }
@@ -217,14 +223,15 @@ __device__ void fill_summary(const SummarizeParams& p, int64_t page, int32_t kv_
     stride = p.head_dim;
   }
   __syncthreads();
-  for (int32_t channel = threadIdx.x; channel < p.head_dim; channel += kThreads) {
+  for (int32_t channel = threadIdx.x; channel < p.head_dim; channel += blockDim.x) {
     summarize_channels<1, T, S>(p, k + channel, stride, p.page_size, page, kv_head, channel);
   }
   __syncthreads();
 }
 
-template <class T, class S, bool kTopP>
-__global__ void __launch_bounds__(kThreads, 2) select_kernel(SelectParams p) {
+template <class T, class S, bool kTopP, int kThreads>
+__global__ void __launch_bounds__(kThreads, kThreads == kMostThreads ? kCtasPerSm : kMoreCtasPerSm)
+    select_kernel(SelectParams p) {
   __shared__ Shared shared;
   allow_dependents();
   for (int32_t i = threadIdx.x; i < kBuckets; i += kThreads) shared.counts[i] = 0;
@@ -233,8 +240,8 @@ __global__ void __launch_bounds__(kThreads, 2) select_kernel(SelectParams p) {
   if (filled >= 0) fill_summary<T, S>(p.pages, filled, kv_head, shared);
   const Choice choice(p, r);
   int32_t* list = list_of(p, r, kv_head);
-  Columns columns(scores_of(p, r, kv_head) + choice.middle_begin, choice.table + choice.middle_begin, shared.table,
-                  choice.columns());
+  Columns<kThreads> columns(scores_of(p, r, kv_head) + choice.middle_begin, choice.table + choice.middle_begin,
+                            shared.table, choice.columns());
   if (choice.needed()) {
     for (int32_t i = threadIdx.x; i < p.sparse.sink_pages; i += kThreads) list[i] = choice.table[i];
     for (int32_t i = threadIdx.x; i < p.sparse.recent_pages; i += kThreads) {
@@ -260,10 +267,16 @@ int run_select_cuda(const SelectParams& p) {
   return with_elements(p.pages, [&](auto key, auto summary) {
     const cudaError_t error = p.pages.dtype == DType::bf16 ? launch_score_bf16(p) : launch_score_fp16(p);
     if (error != cudaSuccess) return error;
-    const auto kernel = has_top_p(p) ? select_kernel<decltype(key), decltype(summary), true>
-                                     : select_kernel<decltype(key), decltype(summary), false>;
-    return launch_dependent(kernel, p.pages.batch * p.pages.num_kv_heads, kThreads,
-                            static_cast<cudaStream_t>(p.pages.stream), p);
+    const auto launch = [&](auto threads) {
+      constexpr int kThreads = decltype(threads)::value;
+      const auto kernel = has_top_p(p) ? select_kernel<decltype(key), decltype(summary), true, kThreads>
+                                       : select_kernel<decltype(key), decltype(summary), false, kThreads>;
+      return launch_dependent(kernel, p.pages.batch * p.pages.num_kv_heads, kThreads,
+                              static_cast<cudaStream_t>(p.pages.stream), p);
+    };
+    const bool fits = p.pages.batch * p.pages.num_kv_heads <= kCtasPerSm * p.num_sms;
+    return fits ? launch(std::integral_constant<int, kMostThreads>{})
+                : launch(std::integral_constant<int, kFewerThreads>{});
   });
 }
 
