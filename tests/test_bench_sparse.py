@@ -11,7 +11,7 @@ from plan_oracle import pages_listed
 from flashcore_sglang.bench.accuracy import token_error
 from flashcore_sglang.bench.cases import Heads
 from flashcore_sglang.bench.sparse import SPARSE_CASES, SparseCase, Step, check
-from flashcore_sglang.planner import Policy
+from flashcore_sglang.planner import Count, Policy
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 CASE = SparseCase(2, 4000, 1024, heads=Heads(8, 2, 64))
@@ -36,6 +36,22 @@ def test_names_are_unique_and_say_what_is_read() -> None:
     assert names[0] == "sparse/b1/ctx131072/budget4096/h32kv8d128/p64"
     assert SparseCase(8, 131072, 4096, fraction=0.3).name == "sparse/b8/ctx131072/budget30%/h32kv8d128/p64"
     assert SparseCase(8, 131072, 4096, fraction=0.3).pages_read == 615
+
+
+def test_requests_share_what_the_name_says() -> None:
+    case = SparseCase(64, 65536, 4096, shared=65024)
+    assert case.name == "sparse/b64/ctx65536/shared65024/budget4096/h32kv8d128/p64"
+    table, _, num_pages = case.dense.page_table("cpu")
+    assert num_pages == 1016 + 64 * 8
+    assert (table[:, :1016] == table[0, :1016]).all()
+    assert table[:, 1016:].unique().numel() == 64 * 8
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_step_over_shared_pages_passes(device: str) -> None:
+    sparse, exact, table = steps(replace(CASE, batch=3, shared=3200), device=device)
+    assert sparse.planner.plan.counts[Count.NUM_STRETCHES] > 0
+    assert check(sparse, exact, table) is None
 
 
 def test_the_common_step_ends_no_page() -> None:

@@ -4,7 +4,8 @@ Every request reads everything in the peers and in `flashcore:exact`, and the pa
 scores of all pages, the choice of each KV head and the attention over it, as one layer of a decode step runs them.
 That is the common step, whose tokens end no page; `flashcore:fills_page` is the one in `page_size` steps that also
 summarises the page which every request has filled. `flashcore:reuses` is a layer that reads the pages which the layer
-before it has chosen (`reuse_layers`).
+before it has chosen (`reuse_layers`), `flashcore:unshared` one that scores each request by itself where they share
+pages.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from .timing import measure, measure_all
 EXACT = f"{OURS}:exact"
 FILLS_PAGE = f"{OURS}:fills_page"
 REUSES = f"{OURS}:reuses"
+UNSHARED = f"{OURS}:unshared"
 _CHECKED = 4  # requests compared with fp64
 _SINK_TOKENS, _RECENT_TOKENS = 128, 512
 
@@ -36,23 +38,28 @@ class SparseCase:
 
     Attributes:
         context: tokens of a request; one less is measured where these end a page.
+        shared: the first of them that are the same pages for all requests.
     """
 
     batch: int
     context: int
     budget: int
     fraction: float = 0.0
+    shared: int = 0
     heads: Heads = field(default_factory=Heads)
     page_size: int = 64
 
     @property
     def name(self) -> str:
+        shared = f"/shared{self.shared}" if self.shared else ""
         budget = f"{self.fraction:.0%}" if self.fraction else str(self.budget)
-        return f"sparse/b{self.batch}/ctx{self.context}/budget{budget}/{self.heads.name}/p{self.page_size}"
+        return f"sparse/b{self.batch}/ctx{self.context}{shared}/budget{budget}/{self.heads.name}/p{self.page_size}"
 
     @property
     def dense(self) -> DecodeCase:
-        return DecodeCase(levels=((self.batch, self.context),), heads=self.heads, page_size=self.page_size)
+        root = ((1, self.shared),) if self.shared else ()
+        levels = (*root, (self.batch, self.context - self.shared))
+        return DecodeCase(levels=levels, heads=self.heads, page_size=self.page_size)
 
     @property
     def pages(self) -> int:
@@ -91,15 +98,19 @@ SPARSE_CASES = [
     SparseCase(8, 131072, 4096, fraction=0.3),
     SparseCase(16, 131072, 4096, fraction=0.3),
     SparseCase(8, 4096, 4096),
+    SparseCase(64, 65536, 4096),
+    SparseCase(64, 65536, 4096, shared=65024),
 ]
 
 
 class Step:
     """One layer of a decode step under one policy, and one that reuses its selection, over given caches."""
 
-    def __init__(self, case: SparseCase, policy: Policy, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    def __init__(
+        self, case: SparseCase, policy: Policy, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, share: bool = True
+    ) -> None:
         h, device = case.heads, q.device
-        options = replace(case.options, policy=policy)
+        options = replace(case.options, policy=policy, share=share)
         shape = variants.Shape(
             num_qo_heads=h.qo,
             num_kv_heads=h.kv,
@@ -244,20 +255,28 @@ def run(results: Results, cases: list[SparseCase], peer_names: Collection[str], 
             if call is not None:
                 calls[name] = call
         sparse, exact = (Step(case, policy, q, k, v) for policy in (Policy.TOPK, Policy.EXACT))
+        unshared = Step(case, Policy.TOPK, q, k, v, share=False) if case.shared else None
         problem = None
         for fills_page in (True, False):
-            for step in (sparse, exact):
-                step.plan(table, case.lens("cuda", fills_page))
-                step.run()
+            for step in (sparse, exact, unshared):
+                if step is not None:
+                    step.plan(table, case.lens("cuda", fills_page))
+                    step.run()
             problem = problem or check(sparse, exact, table)
+            if unshared is not None and not torch.equal(sparse.lists(), unshared.lists()):
+                problem = problem or "sharing changes what is selected"
         if problem is None:
             calls |= {OURS: sparse.run, EXACT: exact.run}
             selects = case.pages_read < case.pages
             if selects:
                 calls[REUSES] = sparse.reuse
+            selections = {OURS: sparse.select} if selects else {}
+            if unshared is not None:
+                calls[UNSHARED] = unshared.run
+                selections[UNSHARED] = unshared.select
             times = measure_all(calls, repeats)
-            if selects:
-                results.add(case.name, OURS, "select_us", *measure(sparse.select, repeats))
+            for name, time in measure_all(selections, repeats).items():
+                results.add(case.name, name, "select_us", *time)
             sparse.plan(table, case.lens("cuda", fills_page=True))
             times[FILLS_PAGE] = measure(sparse.run, repeats)
             for name, time in times.items():
@@ -268,6 +287,6 @@ def run(results: Results, cases: list[SparseCase], peer_names: Collection[str], 
         else:
             failures.append(f"{case.name}: {problem}")
             print(failures[-1], flush=True)
-        del k, v, calls, sparse, exact, step
+        del k, v, calls, sparse, exact, unshared, step
         torch.cuda.empty_cache()
     return failures
