@@ -229,6 +229,7 @@ void build(Problem& problem, const Case& c, const Options& options, bool poison)
              cta_indptr.data(),
              merge_indptr.data(),
              merge_rows.data(),
+             nullptr,  // stretches are policy topk's
              counts.data(),
              options.ctas,
              options.rows_per_tile,

@@ -303,6 +303,7 @@ Problem build(const Case& c, bool whole, bool poison) {
                cta_indptr.data(),
                merge_indptr.data(),
                merge_rows.data(),
+               nullptr,  // stretches are policy topk's
                counts.data(),
                p.num_sms,
                rows_per_tile,
