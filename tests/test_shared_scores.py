@@ -10,7 +10,7 @@ import plan_fuzz
 import pytest
 import torch
 from plan_oracle import Batch, check_plan, distinct_columns, scored_columns
-from test_summary import Case, run_select, summarize
+from test_summary import Case, many_columns, run_select, summarize
 
 from flashcore_sglang.planner import Count, GroupReduction, Plan, Policy, SummaryKind
 
@@ -147,7 +147,7 @@ def draw(seed: int) -> tuple[Batch, Case]:
 
 
 def select_both(batch: Batch, case: Case, device: str) -> Iterator[tuple[torch.Tensor, torch.Tensor, Plan]]:
-    """Lists, scores and plan with sharing and without."""
+    """Lists, scores and plan with sharing and without. CUDA shares scores in batches that fill a GPU."""
     torch.manual_seed(0)
     k_cache, q = case.cache(batch.num_pages), case.query(batch.size)
     summaries = summarize(case, batch, k_cache, batch.plan(), [0] * batch.size).to(device)
@@ -156,7 +156,7 @@ def select_both(batch: Batch, case: Case, device: str) -> Iterator[tuple[torch.T
     run_select(case, batch.plan(device), batch, q, k_cache, summaries)
     for share in (True, False):
         plan = replace(batch, share=share).plan(device)
-        yield *run_select(case, plan, batch, q, k_cache, summaries), plan
+        yield *run_select(case, plan, batch, q, k_cache, summaries, columns=many_columns(batch, device)), plan
 
 
 def check_scores(batch: Batch, case: Case, device: str) -> int:

@@ -191,9 +191,10 @@ def run_select(
     k_cache: torch.Tensor,
     summaries: torch.Tensor,
     mass_share: int = 65536,
+    columns: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Page lists [batch, kv_heads, list_pages] and scores [batch, kv_heads, columns] after the select op on a plan."""
-    columns = max(map(len, batch.tables))
+    columns = columns or max(map(len, batch.tables))
     scores = torch.full((batch.size * case.num_kv_heads, columns), torch.nan, device=q.device)
     ops.select(
         q,
@@ -211,6 +212,15 @@ def run_select(
     )
     lists = plan.kv_indices[plan.capacity.pages :].view(batch.size, case.num_kv_heads, batch.list_pages)
     return lists.cpu(), scores.view(batch.size, case.num_kv_heads, columns).cpu()
+
+
+def many_columns(batch: Batch, device: str) -> int:
+    """As many as a captured graph may have room for: CUDA then scores by the kernel for batches that fill a GPU."""
+    columns = max(map(len, batch.tables))
+    if device == "cpu":
+        return columns
+    one_unit_each = 4 * 4 * torch.cuda.get_device_properties(device).multi_processor_count  # csrc/summary/score.cuh
+    return max(columns, 16 * (one_unit_each // (batch.size * batch.num_kv_heads) + 1))
 
 
 def select(case: Case, batch: Batch, q: torch.Tensor, k_cache: torch.Tensor, summaries: torch.Tensor) -> torch.Tensor:
@@ -395,7 +405,11 @@ def test_cuda_chooses_as_the_cpu_does_from_its_own_scores(name: str) -> None:
     on_cpu = summarize(case, batch, k_cache, batch.plan(), [0] * batch.size)
     bits = torch.int8 if case.fp8 else torch.int16
     assert torch.equal(on_gpu.cpu().view(bits), on_cpu.view(bits))
-    lists, scores = run_select(case, plan, batch, q.cuda(), k_cache.cuda(), on_gpu)
+    few = run_select(case, plan, batch, q.cuda(), k_cache.cuda(), on_gpu)
+    many = run_select(case, plan, batch, q.cuda(), k_cache.cuda(), on_gpu, columns=many_columns(batch, "cuda"))
+    lists, scores = few
+    assert torch.equal(lists, many[0])
+    assert torch.equal(scores.view(torch.int32), many[1][:, :, : scores.shape[2]].view(torch.int32))  # NaN, too
     _, expected = run_select(case, batch.plan(), batch, q, k_cache, on_cpu)
     heads = q.double().view(batch.size, case.num_kv_heads, case.group, case.head_dim)
     for r, table in enumerate(batch.tables):

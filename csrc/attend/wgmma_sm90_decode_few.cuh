@@ -20,6 +20,8 @@
 // - Two teams that load their keys each for itself, instead of waiting for each other's: 8 x 32K shared 84 / 69.
 // - Nothing came of: a first piece of arithmetic, or a merge, rehearsed while nothing is there yet; prefetches of page
 //   ids and queries to L2; evict-first; two pieces a ring instead of three.
+// - Dense batches: SMs get 30 to 50 GB/s, by the size of their GPC, so CTAs end 6 to 10 % apart. Claimed ranges were to
+//   give 2 to 5 % and gave -1 to +7 % of the time: each tile more costs its CTA 2 to 3 us (NOTES.md has the rest).
 #pragma once
 
 #include "arithmetic.h"
