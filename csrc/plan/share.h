@@ -171,8 +171,8 @@ struct ScoredSum {
   }
 };
 
-// Scored together, requests have their summaries held and their queries streamed instead of the other way round: that
-// pays where most columns are shared.
+// Requests that are scored together are more spans to look through, each with a last unit that is not whole: that pays
+// where most columns are shared.
 FLASHCORE_HD bool pays(const ScoredSum& sum) { return 2 * sum.shared >= sum.columns && sum.shared > 0; }
 
 // Writes the stretches that end those of r's path. path(round, i): of every request i, in its scored columns.

@@ -20,6 +20,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <type_traits>
 
 #include "arithmetic.h"
 #include "device/async_copy.cuh"
@@ -31,7 +32,7 @@
 namespace flashcore::score {
 
 constexpr int kCtasPerSm = 2;
-constexpr int kFewCtasPerSm = 4;  // where a warp has one unit
+constexpr int kFewCtasPerSm = 4;       // where a warp has one unit
 constexpr int kRingBytes = 96 * 1024;  // of a CTA
 constexpr int kLineBytes = 128;
 constexpr int kPages = 16;        // of a unit
