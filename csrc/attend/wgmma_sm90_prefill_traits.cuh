@@ -33,7 +33,7 @@ struct Traits {
   // exceed 2^kRescaleLog2.
   static constexpr bool kAlwaysByShare = kHeadDim == 64;
   static constexpr int kFewKeys = kAlwaysByShare ? 4096 : 1024;
-  static constexpr float kShareOfFew = kAlwaysByShare ? 1.0f / 64.0f : 1.0f / 256.0f, kShareOfMany = 1.0f / 32.0f;
+  static constexpr float kShareOfFew = kAlwaysByShare ? 1.0f / 128.0f : 1.0f / 256.0f, kShareOfMany = 1.0f / 32.0f;
   static constexpr float kRescaleLog2 = 8.0f;
 };
 
