@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import random
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +16,21 @@ from types import FrameType
 from typing import NoReturn
 
 MODULE = "sglang.launch_server"
+
+_PORTS = itertools.count(random.randrange(10000, 30000, 100))
+
+
+def free_port() -> int:
+    """A port of this machine that no other server of this process gets, however long this one takes to bind it.
+
+    They are one behind the other, as SGLang takes a server's further ports 100 to 1000 above its first, and below those
+    that systems hand out.
+    """
+    for port in _PORTS:
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("unreachable: the ports have no end")
 
 
 @contextmanager

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 
 import pytest
 
-from flashcore_sglang.launch import launched
+from flashcore_sglang.launch import free_port, launched
 
 
 @pytest.mark.parametrize("grace_s", [0.0, 5.0])
@@ -47,3 +48,17 @@ def test_a_server_is_gone_after_sigterm(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=str(128 + signal.SIGTERM)):
         wait()
     assert servers[0].poll() is not None
+
+
+def test_servers_that_start_together_get_ports_of_their_own() -> None:
+    """As two of ten once did not: the system hands out a port again as long as nobody listens on it."""
+    ports = [free_port() for _ in range(20)]
+    assert ports == sorted(set(ports))
+    assert ports[-1] < 32768
+    assert ports[-1] - ports[0] < 100, ports
+
+
+def test_a_port_in_use_is_passed_over() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", free_port() + 1))
+        assert free_port() != taken.getsockname()[1]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import socket
 import subprocess
 import time
 import urllib.error
@@ -15,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from flashcore_sglang.launch import launched
+from flashcore_sglang.launch import free_port, launched
 from flashcore_sglang.plugin import BACKEND
 
 START_LIMIT_S = 600
@@ -103,7 +102,7 @@ def serve(model: Path | str, environment: dict[str, str], flags: list[str], log:
     """
     import torch
 
-    port = _free_port()
+    port = free_port()
     command = ["--model-path", str(model), "--attention-backend", BACKEND]
     command += ["--host", "127.0.0.1", "--port", str(port), "--enable-metrics"]
     environ = {name: value for name, value in os.environ.items() if not name.startswith("FLASHCORE_")}
@@ -114,9 +113,3 @@ def serve(model: Path | str, environment: dict[str, str], flags: list[str], log:
     # Killed at once: nothing in it is worth saving.
     with launched([*command, *flags], environ | environment, log) as process:
         yield Client(f"http://127.0.0.1:{port}", process, log)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

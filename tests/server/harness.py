@@ -10,7 +10,6 @@ import itertools
 import os
 import random
 import signal
-import socket
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,13 +21,13 @@ from typing import Any
 import requests
 from server import processes
 
+from flashcore_sglang.launch import free_port
+
 START_SECONDS = 600  # on a busy machine
 REQUEST_SECONDS = 300
 
 CPU_ENVIRONMENT = {"SGLANG_PLATFORM": "flashcore_cpu", "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
 GPU_ENVIRONMENT = {"SGLANG_USE_SGL_FA3_KERNEL": "1"}  # the reference; else SGLang asks a hub for it
-
-_PORTS = itertools.count(random.randrange(10000, 30000, 100))
 
 
 @dataclass(frozen=True)
@@ -199,16 +198,3 @@ def come_and_go(server: Server, seed: int, prefix_length: int, new_tokens: int) 
 def _request(prompt: Sequence[int], new_tokens: int) -> dict[str, Any]:
     sampling = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
     return {"input_ids": list(prompt), "sampling_params": sampling}
-
-
-def free_port() -> int:
-    """A port that no other server of this process gets, however long this one takes to bind it.
-
-    They are one behind the other, as SGLang takes a server's further ports 100 to 1000 above its first, and below those
-    that systems hand out.
-    """
-    for port in _PORTS:
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
-    raise AssertionError("unreachable: the ports have no end")
