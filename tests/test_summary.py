@@ -294,6 +294,18 @@ def test_selection(name: str, device: str) -> None:
                 assert middle == sorted(by_score[: len(middle)]), "ties go to the lower column"
 
 
+def by_score(scores: torch.Tensor) -> list[int]:
+    """Indices of the scores, the best first; ties go to the lower one."""
+    return sorted(range(len(scores)), key=lambda c: (-scores[c].item(), c))
+
+
+def listed_pages(case: Case, table: list[int], chosen: list[int]) -> list[int]:
+    """The list of a KV head that has chosen these columns, counted from the sinks: in the order of the sequence."""
+    recent = range(len(table) - case.recent_pages, len(table))
+    columns = [*range(case.sink_pages), *sorted(case.sink_pages + c for c in chosen), *recent]
+    return [table[c] for c in columns]
+
+
 def dot_in_order(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Sums over the last dimension in the order that csrc/summary/rules.h defines."""
     a, b = (x.unflatten(-1, (-1, 8)) for x in (a, b))
@@ -330,10 +342,8 @@ def test_fp32_selections_are_plain_torch_to_the_bit(kind: SummaryKind, reduction
             score = torch.maximum(score, scores[..., g]) if reduction is GroupReduction.MAX else score + scores[..., g]
         recent = len(table) - case.recent_pages
         for h in range(case.num_kv_heads):
-            middle = range(case.sink_pages, recent)
-            best = sorted(middle, key=lambda c: (-score[c, h].item(), c))[: case.budget_pages - 3]
-            columns = [*range(case.sink_pages), *sorted(best), *range(recent, len(table))]
-            assert lists[r, h].tolist() == [table[c] for c in columns]
+            best = by_score(score[case.sink_pages : recent, h])[: case.budget_pages - 3]
+            assert lists[r, h].tolist() == listed_pages(case, table, best)
 
 
 def masses(case: Case, scores: torch.Tensor) -> torch.Tensor:
@@ -381,14 +391,13 @@ def test_top_p_reads_the_fewest_of_the_best_pages_that_have_the_mass(name: str, 
             for h, listed in enumerate(pages_listed(plan, r, batch.kv_lens[r])):
                 mass = masses(case, scores[r, h, case.sink_pages : recent])
                 enough = -(-int(mass.sum()) * share // 65536)
-                best = sorted(range(len(mass)), key=lambda c: (-scores[r, h, case.sink_pages + c].item(), c))
+                best = by_score(scores[r, h, case.sink_pages : recent])
                 count = 0
                 while count < room and sum(mass[best[:count]].tolist()) < enough:
                     count += 1
-                middle = sorted(case.sink_pages + c for c in best[:count])
-                columns = [*range(case.sink_pages), *middle, *range(recent, len(table))]
-                assert listed == len(columns)
-                assert lists[r, h, :listed].tolist() == [table[c] for c in columns]
+                pages = listed_pages(case, table, best[:count])
+                assert listed == len(pages)
+                assert lists[r, h, :listed].tolist() == pages
                 dropped += room - count
     assert plan.counts[Count.PAGES_DROPPED] == dropped
 
@@ -419,14 +428,11 @@ def test_cuda_chooses_as_the_cpu_does_from_its_own_scores(name: str) -> None:
         recent = len(table) - case.recent_pages
         error = score_error(case, heads[r], on_cpu[table].double(), "cuda")
         for h in range(case.num_kv_heads):
-            middle = range(case.sink_pages, recent)
-            of_pages = scores[r, h, case.sink_pages : recent].double()
-            difference = (of_pages - expected[r, h, case.sink_pages : recent].double()).abs()
-            assert (difference <= 1.5 * error[case.sink_pages : recent, h]).all()
-            best = sorted(middle, key=lambda c: (-scores[r, h, c].item(), c))
-            chosen = sorted(best[: budget - case.sink_pages - case.recent_pages])
-            columns = [*range(case.sink_pages), *chosen, *range(recent, len(table))]
-            assert lists[r, h, :budget].tolist() == [table[c] for c in columns]
+            middle = slice(case.sink_pages, recent)
+            difference = (scores[r, h, middle].double() - expected[r, h, middle].double()).abs()
+            assert (difference <= 1.5 * error[middle, h]).all()
+            best = by_score(scores[r, h, middle])[: budget - case.sink_pages - case.recent_pages]
+            assert lists[r, h, :budget].tolist() == listed_pages(case, table, best)
 
 
 def make_topk(case: Case, batch: Batch, device: str, **spec: int) -> tuple[PlannerOptions, Summaries]:
