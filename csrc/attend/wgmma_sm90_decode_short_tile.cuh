@@ -66,9 +66,9 @@ struct ShortTile {
     }
   }
 
-  // Adds 16 keys: key_rows and value_rows are this lane's rows of them for ldmatrix (lane % 16, and lane % 8 + lane /
-  // 16
-  // * 8), slabs of 64 channels kSlabBytes apart, swizzled. `first`: the first key; `masked`: a query may not see all.
+  // Adds 16 keys: key_rows and value_rows are this lane's rows of them for ldmatrix (lane % 16, and
+  // lane % 8 + lane / 16 * 8), slabs of 64 channels kSlabBytes apart, swizzled. `first`: the first key; `masked`: a
+  // query may not see all.
   template <int kSlabBytes>
   __device__ __forceinline__ void add_keys(const Params& params, uint32_t key_rows, uint32_t value_rows, int first,
                                            bool masked, int lane) {

@@ -46,8 +46,10 @@ int run_plan_cpu(const PlanParams& params) {
     const auto path = [&](int32_t round, int32_t i) { return found.paths[i * kMaxLevels + round]; };
     for (int32_t r = 0; r < p.batch; ++r) trace_path(p, found, team, r, shareable);
     for (int32_t r = 0; r < p.batch; ++r) walk(p, found, team, r, path, [](int32_t, int32_t) { return true; });
+  }
+  if (shares_scores(p)) {
     const auto scored = [&](int32_t round, int32_t i) { return found.scored[i * kMaxLevels + round]; };
-    for (int32_t r = 0; r < p.batch && shares_scores(p); ++r) place_stretches(p, team, r, scored);
+    for (int32_t r = 0; r < p.batch; ++r) place_stretches(p, team, r, scored);
   }
   const Totals totals = Builder<OneThread>(p, found, sums, team).build();
   Writer(p, found, sums, totals).write([](int32_t n, const auto& item) {
