@@ -31,6 +31,7 @@ BUFFERS = [
     "cta_indptr",
     "merge_indptr",
     "merge_rows",
+    "stretches",
     "counts",
 ]
 
