@@ -94,6 +94,18 @@ def test_rows_of_a_node_are_even() -> None:
     assert sorted(len(row.tokens) for row in view.rows if row.flags & PACKED) == [10, 11]
 
 
+# 4 prefixes of 128 units of 64 keys, read by 4 rows each for 2 KV heads, so 32 pairs for 66 CTAs; every request has
+# `own` units to itself. 16 rows of 128 units are as much as 512 requests of 4.
+@pytest.mark.parametrize("own, pieces", [(1, 2), (2, 3), (3, 3), (4, 4), (6, 4), (7, 2), (20, 2)])
+def test_packed_rows_are_cut_finer_where_short_tiles_end_amid_them(own: int, pieces: int) -> None:
+    shape = {"num_kv_heads": 2, "group": 1, "rows_per_tile": 32, "num_ctas": 66}
+    batch = from_tree([Node(8192, leaves(128, 64 * own)) for _ in range(4)], 64, **shape)
+    view = check_plan(batch.plan(), batch)
+    packed = [pair for pair, row in enumerate(view.rows) if row.flags & PACKED]
+    assert len(packed) == 16
+    assert {view.tile_indptr[2 * i + 1] - view.tile_indptr[2 * i] for i in packed} == {pieces}
+
+
 @pytest.mark.parametrize("prefix, packed", [(384, False), (512, True)])
 def test_break_even_of_eight_requests(prefix: int, packed: bool) -> None:
     batch = from_tree([Node(prefix, leaves(8, 2000))], 64, **HOPPER)

@@ -16,12 +16,24 @@ namespace flashcore {
 // What a request adds to the plan: the nodes it owns, and its own rows.
 struct RequestSum {
   int32_t node_rows, node_tokens, own_rows, merge_entries;
+  int32_t node_units, own_units;  // of one KV head
 
   FLASHCORE_HD RequestSum operator+(const RequestSum& other) const {
-    return {node_rows + other.node_rows, node_tokens + other.node_tokens, own_rows + other.own_rows,
-            merge_entries + other.merge_entries};
+    return {node_rows + other.node_rows,         node_tokens + other.node_tokens, own_rows + other.own_rows,
+            merge_entries + other.merge_entries, node_units + other.node_units,   own_units + other.own_units};
   }
 };
+
+// How many tiles packed rows are cut into, all rows together: a CTA each. But half of the CTAs begin with the short
+// tiles, and where these come to an end while the others are in their second packed tile, half the machine would have
+// nothing left to do: then smaller tiles make up for the partial results that they add. (An H200, 32 query and 8 KV
+// heads, 512 requests over 4 prefixes of 8192 keys with 128, 256 and 384 keys of their own: 247 to 223, 309 to 265 and
+// 310 to 304 us; with fewer or more own keys up to 25 % slower. NOTES.md has the table.)
+FLASHCORE_HD int32_t packed_tiles(const PlanJob& p, const RequestSum& sum) {
+  const int64_t eighths = 8 * int64_t{sum.own_units}, all = sum.node_units;
+  const bool more = eighths >= 3 * all && eighths < 14 * all;
+  return p.plan.num_ctas + (!more ? 0 : eighths < 7 * all ? p.plan.num_ctas / 2 : p.plan.num_ctas);
+}
 
 // What a cut adds to the plan.
 struct CutSum {
@@ -61,17 +73,16 @@ struct RowSum {
 // How the pairs of a row are cut without regard to the line: every split_units units.
 //
 // In deterministic mode: requests of one token (others are short). Else: packed rows, so that those of a node, which
-// read the same keys, are cut alike and can read them together; in no more tiles than there are CTAs, and none short.
+// read the same keys, are cut alike and can read them together; in no more than so many tiles of each pair, none short.
 struct FixedCuts {
   int32_t split_units, tiles;
 
-  FLASHCORE_HD FixedCuts(const PlanJob& p, const Row& row, int32_t units, int32_t num_packed)
-      : split_units(units), tiles(1) {
+  FLASHCORE_HD FixedCuts(const PlanJob& p, const Row& row, int32_t units, int32_t most) : split_units(units), tiles(1) {
     if (p.split_keys > 0) {
       if (p.plan.qo_indptr[row.request + 1] - p.plan.qo_indptr[row.request] != 1) return;
       split_units = p.split_keys / kSplitUnit;
     } else if (row.flags & kPacked) {
-      const int32_t most = p.plan.num_ctas / (num_packed * p.num_kv_heads), enough = ceil_div(units, kMinPackedUnits);
+      const int32_t enough = ceil_div(units, kMinPackedUnits);
       if (most > 1) split_units = ceil_div(units, most < enough ? most : enough);
     }
     if (split_units < units) tiles = ceil_div(units, split_units);
@@ -99,6 +110,9 @@ struct RequestRows {
     if (request.q_len == 1) return packed_end == 0 || packed_end < request.kv_len;
     return ceil_div(request.q_len, p.by_row);
   }
+  FLASHCORE_HD int32_t own_units() const {
+    return packed_end < request.kv_len ? units_of(request.kv_len - packed_end) : 0;
+  }
   FLASHCORE_HD int32_t merge_entries(const PlanJob& p) const {
     return request.q_len == 1 ? levels + own_rows(p) : request.q_len;
   }
@@ -106,7 +120,7 @@ struct RequestRows {
 
 // What there is of everything; nothing of a batch that does not fit.
 struct Totals {
-  int32_t rows = 0, packed_rows = 0, uncut = 0, cuts = 0, partials = 0, pages = 0;
+  int32_t rows = 0, packed_rows = 0, packed_pieces = 0, uncut = 0, cuts = 0, partials = 0, pages = 0;
   bool fits = false;
 
   FLASHCORE_HD int32_t tiles() const { return uncut + cuts; }
@@ -134,6 +148,7 @@ class Builder {
     const bool fits = batch_fits(p);
     const RequestSum whole = place_requests();
     total.packed_rows = whole.node_rows;
+    if (whole.node_rows > 0) total.packed_pieces = packed_tiles(p, whole) / (whole.node_rows * p.num_kv_heads);
     total.rows = whole.node_rows + whole.own_rows;
     if (!fits || total.rows > s.max_rows || whole.node_tokens > plan.max_row_tokens ||
         whole.merge_entries > plan.max_merge) {
@@ -157,14 +172,16 @@ class Builder {
         p.batch + 1,
         [&](int32_t r) {
           if (r == p.batch) return RequestSum{};
-          int32_t members[kMaxLevels];  // read before anything waits for what is read
+          Link links[kMaxLevels];  // read before anything waits for what is read
           for (int32_t level = 0; share && level < kMaxLevels; ++level) {
-            members[level] = found.chain[r * kMaxLevels + level].members;
+            links[level] = found.chain[r * kMaxLevels + level];
           }
           const RequestRows rows(p, found, share, r);
-          RequestSum sum = {0, 0, rows.own_rows(p), rows.merge_entries(p)};
+          RequestSum sum = {0, 0, rows.own_rows(p), rows.merge_entries(p), 0, rows.own_units()};
           for (int32_t level = 0; share && level < kMaxLevels; ++level) {
-            nodes[level] = {NodeRows(p, members[level]).rows, members[level], 0, 0};
+            const int32_t members = links[level].members, node_rows = NodeRows(p, members).rows;
+            const int32_t columns = links[level].end - (level > 0 ? links[level - 1].end : 0);
+            nodes[level] = {node_rows, members, 0, 0, node_rows * units_of(columns * p.page_size), 0};
             sum = sum + nodes[level];
           }
           return sum;
@@ -196,7 +213,7 @@ class Builder {
           const Row row = row_of(i);
           s.rows[i] = row;
           const PairWork work = work_of(row, p.group);
-          const FixedCuts cuts(p, row, work.units, total.packed_rows);
+          const FixedCuts cuts(p, row, work.units, total.packed_pieces);
           s.row_split[i] = cuts.split_units;
           const int32_t tiles = cuts.tiles * p.num_kv_heads;
           return RowSum{work.total() * p.num_kv_heads, ceil_div(row.kv_len, p.by_page), tiles,

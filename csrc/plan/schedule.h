@@ -146,9 +146,11 @@ struct PairWork {
   FLASHCORE_HD int64_t total() const { return static_cast<int64_t>(units + 1) * cost; }
 };
 
+FLASHCORE_HD int32_t units_of(int32_t keys) { return ceil_div(keys, kSplitUnit); }
+
 FLASHCORE_HD PairWork work_of(const Row& row, int32_t group) {
   const int32_t packed = row.q_count * group;
-  const int32_t units = row.kv_len > 0 ? ceil_div(row.kv_len, kSplitUnit) : 1;  // an empty row still writes zeros
+  const int32_t units = row.kv_len > 0 ? units_of(row.kv_len) : 1;  // an empty row still writes zeros
   return {units, unit_cost(packed), packed};
 }
 

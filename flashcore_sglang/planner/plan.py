@@ -118,7 +118,7 @@ class Capacity:
     @property
     def max_packed_splits(self) -> int:
         """Tiles beyond the first of packed rows, which are cut alike and not at CTA boundaries."""
-        return self.num_ctas if self.packs else 0
+        return 2 * self.num_ctas if self.packs else 0
 
     @property
     def max_tiles(self) -> int:

@@ -209,7 +209,7 @@ void build(Problem& problem, const Case& c, const Options& options, bool poison)
   const int tokens_per_row = options.rows_per_tile / group;
   const int max_row_tokens = 4 * batch;
   const int max_rows = batch + (num_tokens + tokens_per_row - 1) / tokens_per_row + max_row_tokens / 2;
-  const int max_tiles = c.split_keys ? 1 << 16 : max_rows * c.num_kv_heads + options.ctas;
+  const int max_tiles = c.split_keys ? 1 << 16 : max_rows * c.num_kv_heads + 3 * options.ctas;
   const int max_merge = num_tokens + max_row_tokens;
   std::vector<int> positions(num_tokens), row_tokens(max_row_tokens), tile_indptr(max_rows * c.num_kv_heads + 1),
       cta_indptr(options.ctas + 1), merge_indptr(num_tokens + 1), merge_rows(2 * max_merge), counts(kNumCounts);
@@ -607,6 +607,13 @@ std::vector<Timed> time_cases() {
       shared(64, 36864, {{64, 32768}}, 1381, 0.27),
       shared(128, 9216, {{128, 8192}}, 726, 0.26),
       shared(512, 8448, {{128, 8192}}, 2904, 0.15),
+      shared(512, 8320, {{128, 8192}}, 0, 0),
+      shared(512, 8576, {{128, 8192}}, 0, 0),
+      shared(512, 8704, {{128, 8192}}, 0, 0),
+      shared(1024, 8448, {{128, 8192}}, 0, 0),
+      shared(256, 16640, {{64, 16384}}, 0, 0),
+      shared(128, 33024, {{32, 32768}}, 0, 0),
+      shared(64, 65920, {{64, 65536}}, 0, 0),
       shared(64, 21504, {{64, 4096}, {8, 16384}}, 0, 0),
   };
   std::mt19937 random(3);
