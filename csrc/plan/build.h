@@ -24,11 +24,12 @@ struct RequestSum {
   }
 };
 
-// How many tiles packed rows are cut into, all rows together: a CTA each. But half of the CTAs begin with the short
-// tiles, and where these come to an end while the others are in their second packed tile, half the machine would have
-// nothing left to do: then smaller tiles make up for the partial results that they add. (An H200, 32 query and 8 KV
+// How many tiles packed rows are cut into, all rows together: one for each CTA. But half of the CTAs of the Hopper
+// kernel begin with the short tiles, and where these come to an end while the others are in their second packed tile,
+// half the machine would have nothing left to do: then smaller tiles make up for the partial results that they add.
+// That is so where the requests' own keys are between 3/8 and 7/4 of the packed rows'. (An H200, 32 query and 8 KV
 // heads, 512 requests over 4 prefixes of 8192 keys with 128, 256 and 384 keys of their own: 247 to 223, 309 to 265 and
-// 310 to 304 us; with fewer or more own keys up to 25 % slower. NOTES.md has the table.)
+// 310 to 304 us; with fewer or more own keys up to 25 % slower. scripts/bench/NOTES.md has the table.)
 FLASHCORE_HD int32_t packed_tiles(const PlanJob& p, const RequestSum& sum) {
   const int64_t eighths = 8 * int64_t{sum.own_units}, all = sum.node_units;
   const bool more = eighths >= 3 * all && eighths < 14 * all;
