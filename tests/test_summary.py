@@ -290,8 +290,8 @@ def test_selection(name: str, device: str) -> None:
             best = scores[left, h] - error[left, h]
             assert worst.min() >= best.max(), "no page left out scores higher"
             if case.ties:
-                by_score = sorted(middle + left, key=lambda c: (-scores[c, h].item(), c))
-                assert middle == sorted(by_score[: len(middle)]), "ties go to the lower column"
+                first = by_score(scores[case.sink_pages : recent, h])[: len(middle)]
+                assert middle == sorted(case.sink_pages + c for c in first), "ties go to the lower column"
 
 
 def by_score(scores: torch.Tensor) -> list[int]:

@@ -8,32 +8,18 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 
 from flashcore_sglang.bench.results import Results
 from flashcore_sglang.bench.timing import Method, measure
-from flashcore_sglang.planner import Capacity, Count, Planner, PlannerOptions, make_planner
+from flashcore_sglang.planner import Capacity, Count, Plan, Planner, PlannerOptions, make_planner
 
 PAGE_SIZE = 64
-BUFFERS = [
-    "qo_indptr",
-    "kv_indptr",
-    "kv_indices",
-    "last_page_len",
-    "positions",
-    "rows",
-    "row_tokens",
-    "tiles",
-    "tile_indptr",
-    "cta_indptr",
-    "merge_indptr",
-    "merge_rows",
-    "stretches",
-    "counts",
-]
+# As Plan.tensors() has them.
+BUFFERS = [field.name for field in fields(Plan) if field.type == "torch.Tensor" and field.name != "scratch"]
 
 
 @dataclass(frozen=True)
