@@ -31,9 +31,10 @@ struct RequestSum {
 // heads, 512 requests over 4 prefixes of 8192 keys with 128, 256 and 384 keys of their own: 247 to 223, 309 to 265 and
 // 310 to 304 us; with fewer or more own keys up to 25 % slower. scripts/bench/NOTES.md has the table.)
 FLASHCORE_HD int32_t packed_tiles(const PlanJob& p, const RequestSum& sum) {
-  const int64_t eighths = 8 * int64_t{sum.own_units}, all = sum.node_units;
-  const bool more = eighths >= 3 * all && eighths < 14 * all;
-  return p.plan.num_ctas + (!more ? 0 : eighths < 7 * all ? p.plan.num_ctas / 2 : p.plan.num_ctas);
+  const int64_t own = 8 * int64_t{sum.own_units}, packed = sum.node_units;  // compared in eighths of the packed
+  const bool finer = own >= 3 * packed && own < 14 * packed;
+  const int32_t more = !finer ? 0 : own < 7 * packed ? p.plan.num_ctas / 2 : p.plan.num_ctas;
+  return p.plan.num_ctas + more;
 }
 
 // What a cut adds to the plan.
@@ -74,7 +75,7 @@ struct RowSum {
 // How the pairs of a row are cut without regard to the line: every split_units units.
 //
 // In deterministic mode: requests of one token (others are short). Else: packed rows, so that those of a node, which
-// read the same keys, are cut alike and can read them together; in no more than so many tiles of each pair, none short.
+// read the same keys, are cut alike and can read them together; in no more than `most` tiles a pair, none short.
 struct FixedCuts {
   int32_t split_units, tiles;
 

@@ -209,6 +209,7 @@ void build(Problem& problem, const Case& c, const Options& options, bool poison)
   const int tokens_per_row = options.rows_per_tile / group;
   const int max_row_tokens = 4 * batch;
   const int max_rows = batch + (num_tokens + tokens_per_row - 1) / tokens_per_row + max_row_tokens / 2;
+  // As Capacity.max_tiles in flashcore_sglang/planner/plan.py.
   const int max_tiles = c.split_keys ? 1 << 16 : max_rows * c.num_kv_heads + 3 * options.ctas;
   const int max_merge = num_tokens + max_row_tokens;
   std::vector<int> positions(num_tokens), row_tokens(max_row_tokens), tile_indptr(max_rows * c.num_kv_heads + 1),
