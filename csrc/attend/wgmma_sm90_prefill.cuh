@@ -6,10 +6,10 @@
 // Block: a producer warpgroup (a warp for tiles and Q; three that share the boxes of K and V, one a page) and
 //        kConsumers warpgroups of 64 queries.
 // Smem:  kQueryBuffers tiles of Q, rings of kStages blocks of K and of V, all under the 128-byte swizzle.
-// Maths: S of block n - 1 and O += P V of block n run on the tensor cores; the limits of block n - 1 are checked when
-//        S is there, its exponentials follow P V, whose registers P takes. O is rescaled only for a new maximum that
-//        counts in its row. The last P V of a tile runs beside the first Q K^T of the next one: the pipeline never
-//        drains between tiles.
+// Maths: S of block n - 1 and O += P V of block n run on the tensor cores; the maxima of block n - 1 are looked at when
+//        S is there, its exponentials follow P V, whose registers P takes. O is rescaled in each block where that hides
+//        behind them (D64), elsewhere only for a new maximum that counts in its row. The last P V of a tile runs beside
+//        the first Q K^T of the next one: the pipeline never drains between tiles.
 // After: FlashAttention-3 (Shah et al., 2024) for the warp specialisation, the overlap inside a warpgroup and the order
 //        between warpgroups; FlashAttention-4 for the conditional rescale; FlashInfer (Ye et al., 2025) for CSR rows.
 #pragma once
@@ -200,11 +200,9 @@ __device__ void consume(const AttendParams& p, Shared<Tr>& smem) {
       wgmma_wait<0>();  // P V is over by now; P of this block goes where P of the last one was
       wgmma_pin(o);
       release(smem.v_empty[stage_of<kStages>(use)]);
+      if (!Tr::kLazy) multiply_rows<Tr>(o, factor);  // hides behind the exponentials
       exponentials<Tr>(s, rows, softmax_scale, probabilities);
-      if (moved) {
-#pragma unroll
-        for (int i = 0; i < kHeadDim / 2; ++i) o[i] *= factor[i / 2 % 2];
-      }
+      if (Tr::kLazy && moved) multiply_rows<Tr>(o, factor);
     }
     if (!kFinishLate) finish(tiles);
   }

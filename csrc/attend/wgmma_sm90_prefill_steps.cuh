@@ -38,7 +38,7 @@ __device__ __forceinline__ void issue_pv(float (&o)[Tr::kHeadDim / 2], const uin
 struct RowState {
   int32_t first[2], last[2];  // visible keys of the row, inclusive
   float reference[2];         // the logit P is relative to, in units of the raw logits
-  int32_t limit_bits[2];      // no logit whose bits are less is to be the reference; INT_MIN: any may be
+  int32_t limit_bits[2];      // kLazy: no logit whose bits are less is to be the reference; INT_MIN: any may be
   float sum[2];               // of this thread's columns
 };
 constexpr float kNoReference = -1e37f;  // finite, so that no difference is NaN
@@ -106,62 +106,73 @@ __device__ __forceinline__ T quad_max(T x) {
   return max(x, __shfl_xor_sync(0xffffffff, x, 2));
 }
 
-// Raises the references of the warp's rows to their largest logit so far if any of them has a new maximum that is to be
-// one (Traits). Returns whether it did; then O * factor[i] is due. Logits are compared with a row's limit by their
-// bits, as integers, of which the hardware takes three at a time: floats that are not negative have their bits' order.
+// The largest of the thread's logits in each row, by their bits as integers, of which the hardware takes three at a
+// time: floats that are not negative have their bits' order.
+template <int kElements>
+__device__ __forceinline__ int32_t largest_bits(const float (&s)[kElements], int row) {
+  int32_t bits[2] = {__float_as_int(s[2 * row]), __float_as_int(s[2 * row + 1])};
+#pragma unroll
+  for (int j = 1; j < kElements / 4; ++j) {
+    bits[j % 2] = __vimax3_s32(bits[j % 2], __float_as_int(s[4 * j + 2 * row]), __float_as_int(s[4 * j + 2 * row + 1]));
+  }
+  return max(bits[0], bits[1]);
+}
+
+// The same of any floats.
+template <int kElements>
+__device__ __forceinline__ float largest_float(const float (&s)[kElements], int row) {
+  float even = s[2 * row], odd = s[2 * row + 1];
+#pragma unroll
+  for (int j = 1; j < kElements / 4; ++j) {
+    even = fmaxf(even, s[4 * j + 2 * row]);
+    odd = fmaxf(odd, s[4 * j + 2 * row + 1]);
+  }
+  return fmaxf(even, odd);
+}
+
+// A new maximum becomes the reference only if its bits are no less than these.
+template <typename Tr>
+__device__ __forceinline__ int32_t limit_of(const RowState& rows, int i, float reference, float scale_log2) {
+  const bool few = rows.last[i] - rows.first[i] < Tr::kFewKeys;
+  // The thread's part of the sum is taken for a quarter.
+  const float share = rows.reference[i] + __fdividef(__log2f(4.0f * Tr::kShareOfFew * rows.sum[i]), scale_log2);
+  const float limit = few ? fmaxf(reference, share) : reference + Tr::kRescaleLog2 / scale_log2;
+  return limit >= 0.0f ? __float_as_int(limit) : INT_MIN;
+}
+
+// Raises the references of the warp's rows to their largest logit so far; lazily (Traits) only if one of the rows has a
+// new maximum that counts. Returns whether it did: then O * factor[i] is due.
 template <typename Tr>
 __device__ __forceinline__ bool raise_references(const float (&s)[Tr::kBlockKeys / 2], RowState& rows, float scale_log2,
                                                  float (&factor)[2]) {
-  constexpr int kElements = Tr::kBlockKeys / 2;
-  bool above = false, negative = false;
-  float largest[2];
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    int32_t bits[2] = {__float_as_int(s[2 * i]), __float_as_int(s[2 * i + 1])};
-#pragma unroll
-    for (int j = 1; j < kElements / 4; ++j) {
-      bits[j % 2] = __vimax3_s32(bits[j % 2], __float_as_int(s[4 * j + 2 * i]), __float_as_int(s[4 * j + 2 * i + 1]));
-    }
-    const int32_t most = max(bits[0], bits[1]);
-    above |= most >= rows.limit_bits[i];
-    negative |= most < 0;
-    largest[i] = __int_as_float(most);
+  const int32_t bits[2] = {largest_bits(s, 0), largest_bits(s, 1)};
+  if constexpr (Tr::kLazy) {
+    const bool above = bits[0] >= rows.limit_bits[0] || bits[1] >= rows.limit_bits[1];
+    if (!__any_sync(0xffffffff, above)) return false;
   }
-  if (!__any_sync(0xffffffff, above)) return false;
-  if (__any_sync(0xffffffff, negative)) {  // where all are negative the integers' order is the other one
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      float even = s[2 * i], odd = s[2 * i + 1];
-#pragma unroll
-      for (int j = 1; j < kElements / 4; ++j) {
-        even = fmaxf(even, s[4 * j + 2 * i]);
-        odd = fmaxf(odd, s[4 * j + 2 * i + 1]);
-      }
-      largest[i] = fmaxf(even, odd);
+  float largest[2] = {__int_as_float(bits[0]), __int_as_float(bits[1])};
+  if (__any_sync(0xffffffff, min(bits[0], bits[1]) < 0)) {  // where all are negative the integers' order is the other
+    for (int i = 0; i < 2; ++i) largest[i] = largest_float(s, i);
+    if constexpr (Tr::kLazy) {  // limits below 0 have let everything pass
+      const bool above = largest[0] > rows.reference[0] || largest[1] > rows.reference[1];
+      if (!__any_sync(0xffffffff, above)) return false;
     }
-    // Limits below 0 have let everything pass.
-    if (!__any_sync(0xffffffff, largest[0] > rows.reference[0] || largest[1] > rows.reference[1])) return false;
   }
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const bool few = rows.last[i] - rows.first[i] < Tr::kFewKeys;
-    // The thread's part of the sum is taken for a quarter.
-    const auto limit_by = [&](float share) {
-      return rows.reference[i] + __fdividef(__log2f(4.0f * share * rows.sum[i]), scale_log2);
-    };
     const float reference = fmaxf(rows.reference[i], quad_max(largest[i]));
-    float limit;
-    if constexpr (Tr::kAlwaysByShare) {
-      limit = fmaxf(reference, limit_by(few ? Tr::kShareOfFew : Tr::kShareOfMany));
-    } else {
-      limit = few ? fmaxf(reference, limit_by(Tr::kShareOfFew)) : reference + Tr::kRescaleLog2 / scale_log2;
-    }
+    if constexpr (Tr::kLazy) rows.limit_bits[i] = limit_of<Tr>(rows, i, reference, scale_log2);
     factor[i] = exp2_fast((rows.reference[i] - reference) * scale_log2);
     rows.sum[i] *= factor[i];
     rows.reference[i] = reference;
-    rows.limit_bits[i] = limit >= 0.0f ? __float_as_int(limit) : INT_MIN;
   }
   return true;
+}
+
+template <typename Tr>
+__device__ __forceinline__ void multiply_rows(float (&o)[Tr::kHeadDim / 2], const float (&factor)[2]) {
+#pragma unroll
+  for (int i = 0; i < Tr::kHeadDim / 2; ++i) o[i] *= factor[i / 2 % 2];
 }
 
 // P relative to the references, packed for P V, and its sums. One stretch of code without branches: sums and packing

@@ -26,15 +26,14 @@ struct Traits {
   static constexpr int kThreads = 128 * (kConsumers + 1);
   static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
   static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
-  // Which maxima become the reference of their row. One that does has a P of 1, which 16 bits hold and do not round,
-  // and costs a tenth of its block: 6 to 8 % of the time where most blocks have one, which D64 has to spare. There it
-  // is those of more than a share of the row's sum (other P stay below the share times the keys, inside fp16), and a
-  // small one in rows of few keys, whose errors are the largest. Elsewhere longer rows have those alone whose P could
-  // exceed 2^kRescaleLog2.
-  static constexpr bool kAlwaysByShare = kHeadDim == 64;
-  static constexpr int kFewKeys = kAlwaysByShare ? 4096 : 1024;
-  static constexpr float kShareOfFew = kAlwaysByShare ? 1.0f / 128.0f : 1.0f / 256.0f, kShareOfMany = 1.0f / 32.0f;
-  static constexpr float kRescaleLog2 = 8.0f;
+  // Which maxima become the reference of their row. One that does has a P of 1, which 16 bits hold and do not round.
+  // Where softmax takes longer than the matmuls (D64) all do: in code without a branch that costs nothing, as the
+  // products hide behind the exponentials. Elsewhere it would cost 6 to 10 % of the time, and rows of many keys have
+  // those alone whose P could exceed 2^kRescaleLog2, rows of few keys, whose errors are the largest, those of more than
+  // a share of the row's sum.
+  static constexpr bool kLazy = kHeadDim > 64;
+  static constexpr int kFewKeys = 1024;
+  static constexpr float kShareOfFew = 1.0f / 256.0f, kRescaleLog2 = 8.0f;
 };
 
 // --- Shared memory plan ----------------------------------------------------------------------------------------------
