@@ -113,7 +113,7 @@ struct RequestRows {
     return ceil_div(request.q_len, p.by_row);
   }
   FLASHCORE_HD int32_t own_units() const {
-    return packed_end < request.kv_len ? units_of(request.kv_len - packed_end) : 0;
+    return units_of(request.kv_len - packed_end);
   }
   FLASHCORE_HD int32_t merge_entries(const PlanJob& p) const {
     return request.q_len == 1 ? levels + own_rows(p) : request.q_len;

@@ -66,7 +66,7 @@ struct Slots {
   __device__ int32_t heads() const { return 1 << log_heads; }
   __device__ int32_t member(int32_t slot) const { return slot >> log_heads; }
   __device__ int32_t head(int32_t slot) const { return slot & (heads() - 1); }
-  __device__ int32_t products(int32_t members) const { return ((members << log_heads) + kSlots - 1) / kSlots; }
+  __device__ int32_t products(int32_t members) const { return ceil_div(members << log_heads, kSlots); }
 };
 
 // Page columns that are scored for the same requests.
@@ -80,7 +80,7 @@ struct Span {
   __device__ static Span of_request(const SelectParams& p, int32_t r) {
     const Choice choice(p, r);
     Span span;
-    span.units = (choice.columns() + kPages - 1) / kPages;
+    span.units = ceil_div(choice.columns(), kPages);
     span.end = choice.middle_end;
     span.table = p.plan.kv_indptr[r];
     span.members = 1;
@@ -98,7 +98,7 @@ struct Span {
     return span;
   }
   __device__ int32_t blocks(const Slots& slots) const {
-    return (members + (1 << slots.log_members) - 1) >> slots.log_members;
+    return ceil_div(members, 1 << slots.log_members);
   }
 };
 
