@@ -112,9 +112,7 @@ struct RequestRows {
     if (request.q_len == 1) return packed_end == 0 || packed_end < request.kv_len;
     return ceil_div(request.q_len, p.by_row);
   }
-  FLASHCORE_HD int32_t own_units() const {
-    return units_of(request.kv_len - packed_end);
-  }
+  FLASHCORE_HD int32_t own_units() const { return units_of(request.kv_len - packed_end); }
   FLASHCORE_HD int32_t merge_entries(const PlanJob& p) const {
     return request.q_len == 1 ? levels + own_rows(p) : request.q_len;
   }

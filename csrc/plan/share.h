@@ -10,7 +10,7 @@
 // joined to the next one that does, so that a small common start never hides a large shared document behind it.
 //
 // Requests under policy topk have paths of their own, in which they follow their like through the columns that are
-// scored. Each of their stretches there is scored by whoever takes it for all who are in it (summary/score.cuh).
+// scored. Each of their stretches there is scored by whoever takes it for all who are in it (summary/score_units.cuh).
 //
 // What a path or a walk decides is the same for all who are in it, so each request finds its own: no two write the
 // same word, and no order matters. A team offers
