@@ -106,8 +106,8 @@ __device__ __forceinline__ T quad_max(T x) {
   return max(x, __shfl_xor_sync(0xffffffff, x, 2));
 }
 
-// The largest of the thread's logits in each row, by their bits as integers, of which the hardware takes three at a
-// time: floats that are not negative have their bits' order.
+// The largest of the thread's logits in one of its rows, by their bits as integers, of which the hardware takes three
+// at a time: floats that are not negative have their bits' order.
 template <int kElements>
 __device__ __forceinline__ int32_t largest_bits(const float (&s)[kElements], int row) {
   int32_t bits[2] = {__float_as_int(s[2 * row]), __float_as_int(s[2 * row + 1])};
@@ -152,6 +152,7 @@ __device__ __forceinline__ bool raise_references(const float (&s)[Tr::kBlockKeys
   }
   float largest[2] = {__int_as_float(bits[0]), __int_as_float(bits[1])};
   if (__any_sync(0xffffffff, min(bits[0], bits[1]) < 0)) {  // where all are negative the integers' order is the other
+#pragma unroll
     for (int i = 0; i < 2; ++i) largest[i] = largest_float(s, i);
     if constexpr (Tr::kLazy) {  // limits below 0 have let everything pass
       const bool above = largest[0] > rows.reference[0] || largest[1] > rows.reference[1];
