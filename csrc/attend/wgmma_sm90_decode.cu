@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm)
       if (queries == kNoMoreTiles) break;
       if (shared.tile.kv_begin == shared.tile.kv_end) {
         for (int m = warp; m < queries; m += kConsumerWarps) {
-          store_empty<Traits>(params.attend, shared.tile.direct, shared.tile.out_row[m], lane);
+          store_empty<Traits>(GlobalRows<Traits>{params.attend}, shared.tile.direct, shared.tile.out_row[m], lane);
         }
         mbarrier_arrive(&shared.q_empty);
       } else if (queries <= 8) {

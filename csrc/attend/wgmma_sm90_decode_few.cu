@@ -9,9 +9,9 @@ namespace {
 
 template <typename T, int kHeadDim, int kN>
 cudaError_t launch(const FewParams& params) {
-  using Traits = FewTraits<T, kHeadDim>;
+  using Traits = FewTraits<T, kHeadDim, kConsumerWarps>;
   const auto kernel = attend_few_kernel<Traits, kN>;
-  constexpr int kShared = sizeof(FewStorage<Traits>);
+  constexpr int kShared = sizeof(PieceRings<Traits>);
   // Left to itself, the driver gives an SM no more shared memory than two CTAs need, and none is left for the merge's.
   static const cudaError_t opt_in = [&] {
     const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);

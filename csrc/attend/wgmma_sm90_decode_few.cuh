@@ -24,228 +24,17 @@
 //   give 2 to 5 % and gave -1 to +7 % of the time: each tile more costs its CTA 2 to 3 us (NOTES.md has the rest).
 #pragma once
 
-#include "arithmetic.h"
-#include "attend/wgmma_sm90_decode_plan.cuh"
-#include "attend/wgmma_sm90_decode_short_tile.cuh"
-#include "attend/wgmma_sm90_decode_traits.cuh"
-#include "device/async_copy.cuh"
-#include "device/dependent_launch.cuh"
+#include "attend/wgmma_sm90_decode_pieces.cuh"
 
 namespace flashcore::decode90 {
 
 constexpr int kFewThreads = kConsumers;
 
-// Strides of a cache in elements; products of 32 bits take fewer instructions.
-struct ShortStrides {
-  int32_t page, token, head;
-};
-
-struct FewParams : Params {
-  Divisor by_group, by_head;
-  ShortStrides k, v;
-
-  explicit FewParams(const Params& params)
-      : Params(params), by_group(params.group), by_head(params.attend.num_kv_heads) {
-    const auto narrow = [](int64_t stride) { return static_cast<int32_t>(stride); };
-    const AttendParams& p = params.attend;
-    k = {narrow(p.k_stride_page), narrow(p.k_stride_token), narrow(p.k_stride_head)};
-    v = {narrow(p.v_stride_page), narrow(p.v_stride_token), narrow(p.v_stride_head)};
-  }
-};
-
-template <typename T, int kHeadDim_>
-struct FewTraits {
-  using Element = T;
-  static constexpr int kHeadDim = kHeadDim_;
-  static constexpr int kStages = 3 * 128 / kHeadDim;  // 96 KB a CTA
-  static constexpr int kSlabBytes = kWarpKeys * 128;
-  static constexpr int kOperandBytes = kHeadDim / kSlab * kSlabBytes;
-};
-
-// Keys and values of 16 tokens; once they are consumed, what a warp leaves for the others.
-template <typename Traits>
-union Piece {
-  struct {
-    uint8_t k[Traits::kOperandBytes];  // [slabs][16 keys][128 bytes], swizzled
-    uint8_t v[Traits::kOperandBytes];
-  };
-  Share<Traits::kHeadDim> share;
-};
-
-template <typename Traits>
-struct FewStorage {
-  Piece<Traits> rings[kConsumerWarps][Traits::kStages];
-};
-
-// Copies a warp's 16 keys of every unit of a CTA's tiles, ahead of the arithmetic and across tiles.
-template <typename Traits>
-class PieceLoader {
- public:
-  __device__ __forceinline__ PieceLoader(const FewParams& params, TileRange range, TileWindow& tiles, int warp,
-                                         int lane)
-      : params_(params), tiles_(tiles), next_tile_(range.begin), end_tile_(range.end), warp_(warp), lane_(lane) {}
-
-  // The next piece, or nothing behind the last one. What lies behind the tile's keys becomes zeros.
-  __device__ __forceinline__ void load(Piece<Traits>& piece) {
-    while (key_ >= kv_end_) {
-      if (next_tile_ == end_tile_) return;
-      open(next_tile_++);
-    }
-    const AttendParams& p = params_.attend;
-    const int page_shift = params_.page_shift;
-    if (key_ >> page_shift >= ids_begin_ + 32) take_ids();
-    const int key = key_ + warp_ * kWarpKeys, row = lane_ / kRowLanes, chunk = lane_ % kRowLanes;
-    const int page = __shfl_sync(~0u, ids_, (key >> page_shift) - ids_begin_);
-    const int token = (key & ((1 << page_shift) - 1)) + row;
-    const int rows = kv_end_ - key - row;
-    const auto copy = [&](uint8_t* operand, const void* cache, const ShortStrides& stride) {
-      const Element* from = static_cast<const Element*>(cache) + int64_t{page} * stride.page +
-                            (token * stride.token + head_ * stride.head + chunk * 8);
-      // As swizzled() does, but the row's part of it is not to be computed again for every i: 24 instructions.
-      const uint32_t to = shared_address(operand) + chunk / 8 * Traits::kSlabBytes + row * 128;
-#pragma unroll
-      for (int i = 0; i < kWarpKeys; i += kRowsAtOnce) {
-        copy_async_16<Traits::kHeadDim * 2>(to + i * 128 + ((chunk % 8) ^ ((row + i) % 8)) * 16,
-                                            from + i * stride.token, i < rows);
-      }
-    };
-    copy(piece.k, p.k, params_.k);
-    copy(piece.v, p.v, params_.v);
-    key_ += kUnitKeys;
-  }
-
- private:
-  using Element = typename Traits::Element;
-  static constexpr int kRowLanes = Traits::kHeadDim / 8;  // lanes that copy a row, 16 bytes each
-  static constexpr int kRowsAtOnce = 32 / kRowLanes;
-
-  __device__ __forceinline__ void open(int i) {
-    if (!tiles_.holds(i)) tiles_.load(i, lane_);
-    const PageWindow window = pages_of(i);
-    key_ = tiles_.kv_begin(i);
-    kv_end_ = tiles_.kv_end(i);
-    head_ = tiles_.pair(i) % params_.by_head;
-    ids_begin_ = window.first;
-    ids_ = ahead_tile_ == i ? ahead_ids_ : window.load(lane_);
-    ahead_ = window;
-    look_ahead(i);
-  }
-
-  __device__ __forceinline__ void take_ids() {
-    ids_ = ahead_ids_;
-    ids_begin_ += 32;
-    look_ahead(next_tile_ - 1);
-  }
-
-  // Asks for the ids behind ids_: of tile i or, where it has no more, of the next one.
-  __device__ __forceinline__ void look_ahead(int i) {
-    ahead_.first += 32;
-    if (ahead_.first >= ahead_.columns && i + 1 < end_tile_ && tiles_.holds(i + 1)) {
-      ahead_ = pages_of(i + 1);
-      ahead_tile_ = i + 1;
-    }
-    ahead_ids_ = ahead_.load(lane_);
-  }
-
-  __device__ __forceinline__ PageWindow pages_of(int i) const {
-    return tiles_.pages(i, params_.page_shift, params_.attend.lists_begin);
-  }
-
-  const FewParams& params_;
-  TileWindow& tiles_;
-  int next_tile_;
-  const int end_tile_, warp_, lane_;
-  // Of the tile that is being loaded.
-  int key_ = 0, kv_end_ = 0, head_ = 0;
-  int32_t ids_ = 0;  // lane l: of page column ids_begin_ + l
-  int ids_begin_ = 0;
-  // Ids asked for early, and the tile that they begin, if they do.
-  PageWindow ahead_{};
-  int32_t ahead_ids_ = 0;
-  int ahead_tile_ = -1;
-};
-
-__device__ __forceinline__ PackedQuery packed_query(const FewParams& params, const Tile& tile, int m) {
-  const int first_head = tile.pair % params.by_head * params.group;
-  return {params.attend, tile, first_head, m / params.by_group, m % params.by_group, m};
-}
-
-// A tile of at least one key, by teams of warps for 8 * kN queries each. One team: a warp takes the keys it has loaded.
-// Several (kN = 2): all warps wait for a unit, and each takes its team's share of it. `slot` is where the loader goes
-// on.
-template <typename Traits, int kN>
-__device__ __forceinline__ void attend_few(FewStorage<Traits>& shared, const FewParams& params, const Tile& tile,
-                                           PieceLoader<Traits>& loader, int& loaded, int& slot, int warp, int lane) {
-  const AttendParams& p = params.attend;
-  const int queries = tile.q_count * params.group;
-  const int team_warps = kN == 1 || queries <= kShortQueries ? kConsumerWarps : kConsumerWarps / 2;
-  const bool alone = team_warps == kConsumerWarps;
-  const int member = warp & (team_warps - 1), first_warp = warp - member;
-  const int first_query = first_warp * 8;  // the second of two teams begins with warp 2 and query 16
-  const auto sync = [&] {
-    if (alone) {
-      __syncwarp();
-    } else {
-      __syncthreads();
-    }
-  };
-
-  ShortTile<Traits, kN> state;
-  int32_t out_row = 0;               // lane m: of query m of the team
-  int free_begin = 0, free_end = 0;  // keys in here are visible to every query of the team
-  bool known = false;
-  for (int key = tile.kv_begin; key < tile.kv_end;) {
-    loader.load(shared.rings[warp][slot]);
-    copy_async_commit();
-    if (++slot == Traits::kStages) slot = 0;
-    if (++loaded < Traits::kStages) continue;  // the ring fills
-    if (!known) {                              // the queries, while the first keys are on their way
-      known = true;
-      const PackedQuery query = packed_query(params, tile, min(first_query + lane % kShortQueries, queries - 1));
-      const int position = p.plan.positions[query.token];
-      state.load_queries(static_cast<const typename Traits::Element*>(p.q), query.offset, lane);
-      state.clear();
-      out_row = query.out_row;
-      const int last = position - tile.kv_pos;  // the last key of the row that a causal query sees
-      const int begin = p.window_left < 0 ? 0 : max(0, last - p.window_left);
-      const int end = p.causal ? min(tile.kv_end, last + 1) : tile.kv_end;
-      free_begin = __reduce_max_sync(~0u, begin);
-      free_end = __reduce_min_sync(~0u, end);
-      state.hide_others(begin, end, lane);
-    }
-    copy_async_wait<Traits::kStages - 1>();
-    sync();
-#pragma unroll 1
-    for (int w = 0; w < kConsumerWarps; w += team_warps) {
-      // The oldest piece, which the next load will overwrite.
-      const Piece<Traits>& piece = shared.rings[w + member][slot];
-      const int first = key + (w + member) * kWarpKeys;
-      state.template add_keys<Traits::kSlabBytes>(params, shared_address(piece.k) + lane % 16 * 128,
-                                                  shared_address(piece.v) + (lane % 8 + lane / 16 * 8) * 128, first,
-                                                  first < free_begin || first + kWarpKeys > free_end, lane);
-    }
-    sync();
-    key += kUnitKeys;
-  }
-
-  // The slot of the last unit holds the warps' shares.
-  state.add_lanes();
-#pragma unroll
-  for (int n = 0; n < kN; ++n) {
-    state.leave(shared.rings[warp][slot].share, n, lane);
-    __syncthreads();
-    combine_shares<Traits>([&](int w) -> const auto& { return shared.rings[first_warp + w][slot].share; }, params,
-                           min(8, queries - first_query - 8 * n), tile.partial < 0,
-                           __shfl_sync(~0u, out_row, 8 * n + lane % 8), member, team_warps, lane);
-    __syncthreads();
-  }
-}
-
 // Two CTAs of so many registers leave enough for one of the merge.
 template <typename Traits, int kN>
 __global__ void __maxnreg__(216) attend_few_kernel(const __grid_constant__ FewParams params) {
   extern __shared__ __align__(1024) uint8_t storage[];
-  auto& shared = *reinterpret_cast<FewStorage<Traits>*>(storage);
+  auto& rings = *reinterpret_cast<PieceRings<Traits>*>(storage);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const Plan& plan = params.attend.plan;
   const FirstRange first(plan);
@@ -255,7 +44,8 @@ __global__ void __maxnreg__(216) attend_few_kernel(const __grid_constant__ FewPa
 
   const bool serves = params.serves == Serves::all || first.rows_packed == 0;
   const TileRange range = serves ? first.tiles : TileRange{0, 0};
-  PieceLoader<Traits> loader(params, range, tiles, warp, lane);
+  PieceLoader<Traits, TileWindow> loader(params, range, tiles, warp, lane);
+  const GlobalRows<Traits> sink{params.attend};
   int loaded = 0, slot = 0;
   for (int i = range.begin; i < range.end; ++i) {
     const Tile tile = tiles.tile(i);
@@ -263,11 +53,11 @@ __global__ void __maxnreg__(216) attend_few_kernel(const __grid_constant__ FewPa
       const int queries = tile.q_count * params.group;
       const PackedQuery query = packed_query(params, tile, min(lane, queries - 1));
       for (int m = warp; m < queries; m += kConsumerWarps) {
-        store_empty<Traits>(params.attend, tile.partial < 0, __shfl_sync(~0u, query.out_row, m), lane);
+        store_empty<Traits>(sink, tile.partial < 0, __shfl_sync(~0u, query.out_row, m), lane);
       }
       continue;
     }
-    attend_few<Traits, kN>(shared, params, tile, loader, loaded, slot, warp, lane);
+    attend_few<Traits, kN>(rings, params, tile, loader, loaded, slot, sink, warp, lane);
   }
   wait_for_primary();  // even if it was not needed: whatever follows this kernel relies on select being over
 }

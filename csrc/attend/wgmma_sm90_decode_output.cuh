@@ -36,13 +36,26 @@ __device__ __forceinline__ void store_lse(const AttendParams& p, bool direct, in
   if (base != nullptr) base[row] = lse;
 }
 
-// A row of a tile without keys: zeros, LSE -inf; all lanes together.
+// Rows of out and lse, or of the partials.
 template <typename Traits>
-__device__ __forceinline__ void store_empty(const AttendParams& p, bool direct, int64_t row, int lane) {
-  for (int d = 4 * lane; d < Traits::kHeadDim; d += 128) {
-    store4<Traits>(p, direct, row, d, make_float4(0.0f, 0.0f, 0.0f, 0.0f));
+struct GlobalRows {
+  const AttendParams& p;
+
+  __device__ __forceinline__ void store4(bool direct, int row, int d, float4 o) const {
+    decode90::store4<Traits>(p, direct, row, d, o);
   }
-  if (lane == 0) store_lse(p, direct, row, -INFINITY);
+  __device__ __forceinline__ void store_lse(bool direct, int row, float lse) const {
+    decode90::store_lse(p, direct, row, lse);
+  }
+};
+
+// A row of a tile without keys: zeros, LSE -inf; all lanes together.
+template <typename Traits, typename Sink>
+__device__ __forceinline__ void store_empty(const Sink& sink, bool direct, int row, int lane) {
+  for (int d = 4 * lane; d < Traits::kHeadDim; d += 128) {
+    sink.store4(direct, row, d, make_float4(0.0f, 0.0f, 0.0f, 0.0f));
+  }
+  if (lane == 0) sink.store_lse(direct, row, -INFINITY);
 }
 
 }  // namespace flashcore::decode90

@@ -29,6 +29,14 @@ struct PageWindow {
     const int column = first + lane;
     return column < columns ? __ldcg(pages + column) : 0;  // not by way of L1: select may write them meanwhile
   }
+
+  // The first columns of keys [kv_begin, kv_end) of a row whose pages stand from `begin` on. Of a list that select
+  // writes, from lists_begin on (0: none is), only once select is over.
+  static __device__ __forceinline__ PageWindow of(const Plan& plan, int begin, int kv_begin, int kv_end, int page_shift,
+                                                  int lists_begin) {
+    if (lists_begin > 0 && begin >= lists_begin) wait_for_primary();
+    return {plan.kv_indices + begin, kv_begin >> page_shift, (kv_end + (1 << page_shift) - 1) >> page_shift};
+  }
 };
 
 // The plan's tiles [base, base + 32), one a lane: one round trip fetches what a CTA mostly needs. A kernel's first
@@ -65,12 +73,9 @@ struct TileWindow {
   __device__ __forceinline__ int kv_end(int i) const { return __shfl_sync(~0u, lanes_tile.kv_end, i - base); }
   __device__ __forceinline__ int page_begin(int i) const { return __shfl_sync(~0u, lanes_tile.page_begin, i - base); }
 
-  // The first page columns of tile i, which is here. Of a list that select writes, from lists_begin on (0: none is),
-  // only once select is over.
+  // The first page columns of tile i, which is here.
   __device__ __forceinline__ PageWindow pages(int i, int page_shift, int lists_begin) const {
-    const int begin = page_begin(i), page_size = 1 << page_shift;
-    if (lists_begin > 0 && begin >= lists_begin) wait_for_primary();
-    return {plan.kv_indices + begin, kv_begin(i) >> page_shift, (kv_end(i) + page_size - 1) >> page_shift};
+    return PageWindow::of(plan, page_begin(i), kv_begin(i), kv_end(i), page_shift, lists_begin);
   }
 };
 

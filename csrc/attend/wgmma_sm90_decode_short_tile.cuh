@@ -190,11 +190,10 @@ struct ShortTile {
 
 // Adds the shares of `warps` warps, of which this is number `warp`, and writes the rows of `queries` queries; lane m
 // holds the output row of query m. share(w): what warp w has left.
-template <typename Traits, typename ShareOf>
+template <typename Traits, int kMostWarps, typename ShareOf, typename Sink>
 __device__ __forceinline__ void combine_shares(const ShareOf& share, const Params& params, int queries, bool direct,
-                                               int32_t out_row, int warp, int warps, int lane) {
+                                               int32_t out_row, const Sink& sink, int warp, int warps, int lane) {
   constexpr int kQuads = Traits::kHeadDim / 4;
-  const AttendParams& p = params.attend;
   for (int first = 32 * warp; first < queries * kQuads; first += 32 * warps) {
     const int m = (first + lane) / kQuads;
     const int d = (first + lane) % kQuads * 4;
@@ -202,14 +201,14 @@ __device__ __forceinline__ void combine_shares(const ShareOf& share, const Param
     if (m >= queries) continue;
     float maximum = -INFINITY;
 #pragma unroll
-    for (int w = 0; w < kConsumerWarps; ++w) {
+    for (int w = 0; w < kMostWarps; ++w) {
       if (w < warps) maximum = fmaxf(maximum, share(w).stats[m].x);
     }
     const float reference = maximum == -INFINITY ? 0.0f : maximum;
     float sum = 0.0f;
     float4 o = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll
-    for (int w = 0; w < kConsumerWarps; ++w) {
+    for (int w = 0; w < kMostWarps; ++w) {
       if (w >= warps) break;
       const float2 stats = share(w).stats[m];
       const float weight = exp2_fast((stats.x - reference) * params.softmax_scale);
@@ -221,8 +220,8 @@ __device__ __forceinline__ void combine_shares(const ShareOf& share, const Param
       o.w += weight * part.w;
     }
     const float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
-    store4<Traits>(p, direct, row, d, make_float4(o.x * inverse, o.y * inverse, o.z * inverse, o.w * inverse));
-    if (d == 0) store_lse(p, direct, row, maximum * params.softmax_scale + log2f(sum));
+    sink.store4(direct, row, d, make_float4(o.x * inverse, o.y * inverse, o.z * inverse, o.w * inverse));
+    if (d == 0) sink.store_lse(direct, row, maximum * params.softmax_scale + log2f(sum));
   }
 }
 

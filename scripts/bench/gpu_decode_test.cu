@@ -275,7 +275,7 @@ void build(Problem& problem, const Case& c, const Options& options, bool poison)
   p.plan.merge_indptr = problem.own(to_device(merge_indptr));
   p.plan.merge_rows = problem.own(to_device(merge_rows));
   p.plan.counts = problem.own(to_device(counts));
-  p.plan.max_partials = std::max(1, counts[kNumPartials]);
+  p.plan.max_partials = std::max(64 * 160, counts[kNumPartials]);
   p.batch = batch;
   p.num_tokens = num_tokens;
   p.num_qo_heads = c.num_qo_heads;
@@ -329,12 +329,15 @@ std::vector<std::pair<const char*, Kernel>> kernels(const AttendParams& p) {
     if (!p.decode) return {{"many", decode90::run_many}};
     return {{"either", decode90::run_either}, {"many", decode90::run_many}};
   }
+  if (decode90::fits_cluster(decode90::make_params(p))) {
+    return {{"cluster", decode90::run_cluster}, {"few", decode90::run_few}};
+  }
   return {{"few", decode90::run_few}, {"many", decode90::run_many}};
 }
 
 void attend(const AttendParams& p, Kernel kernel) {
   CUDA_CHECK(kernel(decode90::make_params(p)));
-  CUDA_CHECK(run_merge_cuda(p));
+  if (kernel != decode90::run_cluster) CUDA_CHECK(run_merge_cuda(p));
 }
 
 // --- Check -----------------------------------------------------------------------------------------------------------
@@ -369,7 +372,7 @@ bool check(const Case& c, const Options& options) {
   // Where no tile has more than 16 queries, both kernels give the same bits.
   const auto choices = kernels(p);
   const bool tall = problem.counts[kRowsPacked] > 0 || !c.q_lens.empty();
-  if (choices.size() > 1 && !tall) {
+  if (choices.size() > 1 && !tall && choices[0].second != decode90::run_cluster) {
     run_once(choices[1].second, out);
     run_once(choices[0].second, again);
     same &= out == again;

@@ -1,0 +1,108 @@
+// Decode on Hopper, a cluster of CTAs a KV head: who reads which keys, and who merges what.
+#pragma once
+
+#include "attend/wgmma_sm90_decode_pieces.cuh"
+
+namespace flashcore::decode90 {
+
+constexpr int kClusterCtas = 8;   // of a KV head
+constexpr int kClusterWarps = 8;  // of a CTA
+constexpr int kClusterRows = 32;  // rows of a plan: one a lane
+constexpr int kStartPieces = 8;   // what the start and end of a tile cost, in pieces of 16 keys
+
+// The rows of a plan for one KV head, one a lane, on a line in pieces of 16 keys that is cut evenly over the cluster's
+// CTAs. A warp makes it for itself, of one load; PieceLoader reads it as it reads TileWindow.
+class HeadRows {
+ public:
+  __device__ __forceinline__ HeadRows(const FewParams& params, int head, int rank, int lane)
+      : plan_(params.attend.plan), head_(head), row_(lane < plan_.max_rows ? plan_.rows[lane] : Row{}) {
+    const bool exists = lane < plan_.counts[kNumRows];
+    pieces_ = exists ? max(1, ceil_div(row_.kv_len, kWarpKeys)) : 0;
+    const int length = exists ? pieces_ + kStartPieces : 0, queries = exists ? row_.q_count * params.group : 0;
+    int end = length, last_query = queries;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const int before = __shfl_up_sync(~0u, end, step), queries_before = __shfl_up_sync(~0u, last_query, step);
+      if (lane >= step) {
+        end += before;
+        last_query += queries_before;
+      }
+    }
+    first_piece_ = end - length;
+    first_query_ = last_query - queries;
+    num_queries_ = __shfl_sync(~0u, last_query, 31);
+    share_ = max(ceil_div(__shfl_sync(~0u, end, 31), kClusterCtas), kClusterWarps);
+    piece_begin_ = min(max(rank * share_ - first_piece_, 0), pieces_);
+    piece_end_ = min(max((rank + 1) * share_ - first_piece_, 0), pieces_);
+  }
+
+  // Rows that this CTA has pieces of.
+  __device__ __forceinline__ TileRange range() const {
+    const unsigned mine = __ballot_sync(~0u, piece_end_ > piece_begin_);
+    return mine == 0 ? TileRange{0, 0} : TileRange{__ffs(mine) - 1, 32 - __clz(mine)};
+  }
+
+  __device__ __forceinline__ static bool holds(int) { return true; }
+  __device__ __forceinline__ static void load(int, int) {}
+  __device__ __forceinline__ int pair(int) const { return head_; }
+  __device__ __forceinline__ int kv_begin(int i) const { return __shfl_sync(~0u, piece_begin_ * kWarpKeys, i); }
+  __device__ __forceinline__ int kv_end(int i) const {
+    return __shfl_sync(~0u, min(piece_end_ * kWarpKeys, row_.kv_len), i);
+  }
+  __device__ __forceinline__ int page_begin(int i) const {
+    return __shfl_sync(~0u, row_.page_begin + head_ * row_.head_stride, i);
+  }
+  __device__ __forceinline__ PageWindow pages(int i, int page_shift, int lists_begin) const {
+    return PageWindow::of(plan_, page_begin(i), kv_begin(i), kv_end(i), page_shift, lists_begin);
+  }
+  // This CTA's part of row i; its partial results are those of the line's queries from `partial` on.
+  __device__ __forceinline__ Tile tile(int i) const {
+    const auto of = [&](int field) { return __shfl_sync(~0u, field, i); };
+    const bool direct = (row_.flags & kSole) && piece_begin_ == 0 && piece_end_ == pieces_;
+    return {.pair = head_,
+            .kv_begin = kv_begin(i),
+            .kv_end = kv_end(i),
+            .partial = of(direct ? -1 : first_query_),
+            .page_begin = page_begin(i),
+            .q_begin = of(row_.flags & kPacked ? ~row_.q_begin : row_.q_begin),
+            .q_count = of(row_.q_count),
+            .kv_pos = of(row_.kv_pos)};
+  }
+
+  __device__ __forceinline__ int num_queries() const { return num_queries_; }
+  __device__ __forceinline__ int first_query(int i) const { return __shfl_sync(~0u, first_query_, i); }
+  __device__ __forceinline__ bool is_sole(int i) const { return __shfl_sync(~0u, row_.flags, i) & kSole; }
+  // Whether CTA `rank` has pieces of row i; both may differ from lane to lane.
+  __device__ __forceinline__ bool is_in(int i, int rank) const {
+    const int begin = __shfl_sync(~0u, first_piece_, i), pieces = __shfl_sync(~0u, pieces_, i);
+    return begin < (rank + 1) * share_ && begin + pieces > rank * share_;
+  }
+
+ private:
+  const Plan& plan_;
+  const int head_;
+  const Row row_;
+  int pieces_, first_piece_, first_query_;  // of this lane's row, and where they stand on the line
+  int piece_begin_, piece_end_;             // of this lane's row, those that this CTA takes
+  int share_, num_queries_;
+};
+
+// A query head of a token, which one warp of the cluster merges.
+struct MergeItem {
+  int token, head_in_group;
+  int begin = 0, rows = 0;  // entries of merge_rows: the rows that the token is in
+  int2 entry{0, 0};         // lane i: the i-th of them, and the token's index in it
+
+  __device__ __forceinline__ MergeItem(const FewParams& params, int n)
+      : token(n / params.by_group), head_in_group(n % params.by_group) {
+    if (token >= params.attend.num_tokens) return;
+    const int32_t* indptr = params.attend.plan.merge_indptr + token;
+    begin = indptr[0];
+    rows = indptr[1] - begin;
+  }
+  __device__ __forceinline__ void load_entries(const Plan& plan, int lane) {
+    if (lane < rows) entry = reinterpret_cast<const int2*>(plan.merge_rows)[begin + lane];
+  }
+};
+
+}  // namespace flashcore::decode90
