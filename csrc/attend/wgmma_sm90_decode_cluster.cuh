@@ -123,6 +123,7 @@ __global__ void __launch_bounds__(kClusterThreads, 1) attend_cluster_kernel(cons
   const TileRange range = rows.range();
   PieceLoader<Traits, HeadRows> loader(params, range, rows, warp, lane);
   const ClusterSink<Traits, (kN > 1)> sink{params.attend, shared, (kv_head * kClusterCtas + rank) * rows.num_queries()};
+  loader.begin();
   int loaded = 0, slot = 0;
   for (int i = range.begin; i < range.end; ++i) {
     const Tile tile = rows.tile(i);

@@ -61,6 +61,11 @@ class PieceLoader {
   __device__ __forceinline__ PieceLoader(const FewParams& params, TileRange range, Tiles& tiles, int warp, int lane)
       : params_(params), tiles_(tiles), next_tile_(range.begin), end_tile_(range.end), warp_(warp), lane_(lane) {}
 
+  // Asks for the first page ids, where nobody writes them meanwhile.
+  __device__ __forceinline__ void begin() {
+    if (params_.attend.lists_begin == 0 && next_tile_ != end_tile_) open(next_tile_++);
+  }
+
   // The next piece, or nothing behind the last one. What lies behind the tile's keys becomes zeros.
   __device__ __forceinline__ void load(Piece<Traits>& piece) {
     while (key_ >= kv_end_) {
@@ -169,7 +174,11 @@ __device__ __forceinline__ void attend_few(PieceRings<Traits>& rings, const FewP
     }
   };
 
+  // The queries are on their way before the first keys are: behind these they would wait for them all.
   ShortTile<Traits, kN> state;
+  const PackedQuery query = packed_query(params, tile, min(first_query + lane % kShortQueries, queries - 1));
+  const int position = p.plan.positions[query.token];
+  state.load_queries(static_cast<const typename Traits::Element*>(p.q), query.offset, lane);
   int32_t out_row = 0;               // lane m: of query m of the team
   int free_begin = 0, free_end = 0;  // keys in here are visible to every query of the team
   bool known = false;
@@ -178,11 +187,8 @@ __device__ __forceinline__ void attend_few(PieceRings<Traits>& rings, const FewP
     copy_async_commit();
     if (++slot == Traits::kStages) slot = 0;
     if (++loaded < Traits::kStages) continue;  // the ring fills
-    if (!known) {                              // the queries, while the first keys are on their way
+    if (!known) {
       known = true;
-      const PackedQuery query = packed_query(params, tile, min(first_query + lane % kShortQueries, queries - 1));
-      const int position = p.plan.positions[query.token];
-      state.load_queries(static_cast<const typename Traits::Element*>(p.q), query.offset, lane);
       state.clear();
       out_row = query.out_row;
       const int last = position - tile.kv_pos;  // the last key of the row that a causal query sees
