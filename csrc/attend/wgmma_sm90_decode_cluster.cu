@@ -11,7 +11,7 @@ template <typename T, int kHeadDim, int kN>
 cudaError_t launch(const FewParams& params) {
   using Traits = FewTraits<T, kHeadDim, kClusterWarps>;
   const auto kernel = attend_cluster_kernel<Traits, kN>;
-  constexpr int kShared = sizeof(ClusterStorage<Traits>);
+  constexpr int kShared = sizeof(ClusterStorage<Traits, kN>);
   static_assert(kShared <= 227 * 1024);
   static const cudaError_t opt_in = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
   if (opt_in != cudaSuccess) return opt_in;

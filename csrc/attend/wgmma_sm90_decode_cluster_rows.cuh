@@ -8,6 +8,7 @@ namespace flashcore::decode90 {
 constexpr int kClusterCtas = 8;   // of a KV head
 constexpr int kClusterWarps = 8;  // of a CTA
 constexpr int kClusterRows = 32;  // rows of a plan: one a lane
+constexpr int kKept = 1 << 30;    // partial results from here on are kept: query i of the line at kKept + i
 constexpr int kStartPieces = 8;   // what the start and end of a tile cost, in pieces of 16 keys
 
 // The rows of a plan for one KV head, one a lane, on a line in pieces of 16 keys that is cut evenly over the cluster's
@@ -55,14 +56,15 @@ class HeadRows {
   __device__ __forceinline__ PageWindow pages(int i, int page_shift, int lists_begin) const {
     return PageWindow::of(plan_, page_begin(i), kv_begin(i), kv_end(i), page_shift, lists_begin);
   }
-  // This CTA's part of row i; its partial results are those of the line's queries from `partial` on.
-  __device__ __forceinline__ Tile tile(int i) const {
+  // This CTA's part of row i; its partial results are those of merge items, or of queries of the line.
+  __device__ __forceinline__ Tile tile(int i, int group) const {
     const auto of = [&](int field) { return __shfl_sync(~0u, field, i); };
-    const bool direct = (row_.flags & kSole) && piece_begin_ == 0 && piece_end_ == pieces_;
+    const bool sole = row_.flags & kSole, whole = piece_begin_ == 0 && piece_end_ == pieces_;
+    const int partial = !sole ? kKept + first_query_ : whole ? -1 : row_.q_begin * group;
     return {.pair = head_,
             .kv_begin = kv_begin(i),
             .kv_end = kv_end(i),
-            .partial = of(direct ? -1 : first_query_),
+            .partial = of(partial),
             .page_begin = page_begin(i),
             .q_begin = of(row_.flags & kPacked ? ~row_.q_begin : row_.q_begin),
             .q_count = of(row_.q_count),
@@ -87,7 +89,7 @@ class HeadRows {
   int share_, num_queries_;
 };
 
-// A query head of a token, which one warp of the cluster merges.
+// A query head of a token, which one warp of the cluster merges: number token * group + head_in_group, in CTA number % 8.
 struct MergeItem {
   int token, head_in_group;
   int begin = 0, rows = 0;  // entries of merge_rows: the rows that the token is in

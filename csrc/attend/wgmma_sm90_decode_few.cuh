@@ -45,7 +45,7 @@ __global__ void __maxnreg__(216) attend_few_kernel(const __grid_constant__ FewPa
   const bool serves = params.serves == Serves::all || first.rows_packed == 0;
   const TileRange range = serves ? first.tiles : TileRange{0, 0};
   PieceLoader<Traits, TileWindow> loader(params, range, tiles, warp, lane);
-  const GlobalRows<Traits> sink{params.attend};
+  GlobalRows<Traits> sink{params.attend};
   loader.begin();
   int loaded = 0, slot = 0;
   for (int i = range.begin; i < range.end; ++i) {

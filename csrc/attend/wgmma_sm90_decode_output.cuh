@@ -41,6 +41,7 @@ template <typename Traits>
 struct GlobalRows {
   const AttendParams& p;
 
+  __device__ __forceinline__ static void meet() {}
   __device__ __forceinline__ void store4(bool direct, int row, int d, float4 o) const {
     decode90::store4<Traits>(p, direct, row, d, o);
   }

@@ -158,7 +158,7 @@ __device__ __forceinline__ PackedQuery packed_query(const FewParams& params, con
 template <typename Traits, int kN, typename Tiles, typename Sink>
 __device__ __forceinline__ void attend_few(PieceRings<Traits>& rings, const FewParams& params, const Tile& tile,
                                            PieceLoader<Traits, Tiles>& loader, int& loaded, int& slot,
-                                           const Sink& sink, int warp, int lane) {
+                                           Sink& sink, int warp, int lane) {
   constexpr int kWarps = Traits::kWarps;
   const AttendParams& p = params.attend;
   const int queries = tile.q_count * params.group;
@@ -215,6 +215,7 @@ __device__ __forceinline__ void attend_few(PieceRings<Traits>& rings, const FewP
 
   // The slot of the last unit holds the warps' shares.
   state.add_lanes();
+  sink.meet();
 #pragma unroll
   for (int n = 0; n < kN; ++n) {
     state.leave(rings[warp][slot].share, n, lane);

@@ -14,10 +14,10 @@ __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.w
 
 // Where a variable in shared memory stands in CTA `rank` of the cluster.
 template <typename T>
-__device__ __forceinline__ const T* in_cta(const T* own, uint32_t rank) {
+__device__ __forceinline__ T* in_cta(T* own, uint32_t rank) {
   uint64_t address;
   asm("mapa.u64 %0, %1, %2;" : "=l"(address) : "l"(reinterpret_cast<uint64_t>(own)), "r"(rank));
-  return reinterpret_cast<const T*>(address);
+  return reinterpret_cast<T*>(address);
 }
 
 }  // namespace flashcore
