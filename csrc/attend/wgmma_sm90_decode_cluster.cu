@@ -16,20 +16,13 @@ cudaError_t launch(const FewParams& params) {
   static const cudaError_t opt_in = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
   if (opt_in != cudaSuccess) return opt_in;
   const AttendParams& p = params.attend;
-  cudaLaunchAttribute attributes[2]{};
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim.x = kClusterCtas;
-  attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
-  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(p.num_kv_heads * kClusterCtas);
-  config.blockDim = dim3(kClusterThreads);
-  config.dynamicSmemBytes = kShared;
-  config.stream = static_cast<cudaStream_t>(p.stream);
-  config.attrs = attributes;
-  config.numAttrs = p.lists_begin > 0 ? 2 : 1;  // beside select
-  return cudaLaunchKernelEx(&config, kernel, params);
+  const int ctas = p.num_kv_heads * kClusterCtas;
+  const auto stream = static_cast<cudaStream_t>(p.stream);
+  if (p.lists_begin > 0) {  // beside select
+    return launch_dependent_shared(kernel, ctas, kClusterThreads, kShared, stream, params);
+  }
+  kernel<<<ctas, kClusterThreads, kShared, stream>>>(params);
+  return cudaGetLastError();
 }
 
 template <typename T, int kHeadDim>

@@ -23,6 +23,7 @@ struct ClusterStorage {
   float kept[kNear][Traits::kHeadDim];
   float pushed_lse[kItems][kClusterCtas];
   float kept_lse[kNear];
+  Mbarrier arrived[kItems];  // the partial results of an item have
 };
 
 // Where the rows of a CTA go: to the output; to the CTA that merges them, which then has all at hand; or, where a token
@@ -44,7 +45,9 @@ struct ClusterSink {
     if (direct) {
       decode90::store4<Traits>(p, true, row, d, o);
     } else if (row < kKept) {
-      *in_cta(reinterpret_cast<float4*>(&shared.pushed[row / kClusterCtas][rank][d]), row % kClusterCtas) = o;
+      const int item = row / kClusterCtas, to = row % kClusterCtas;
+      push(shared_address_in_cta(&shared.pushed[item][rank][d], to), o,
+           shared_address_in_cta(&shared.arrived[item], to));
     } else if (!Storage::kFar || row - kKept < Storage::kNear) {
       *reinterpret_cast<float4*>(&shared.kept[row - kKept][d]) = o;
     } else {
@@ -55,7 +58,9 @@ struct ClusterSink {
     if (direct) {
       decode90::store_lse(p, true, row, lse);
     } else if (row < kKept) {
-      *in_cta(&shared.pushed_lse[row / kClusterCtas][rank], row % kClusterCtas) = lse;
+      const int item = row / kClusterCtas, to = row % kClusterCtas;
+      push(shared_address_in_cta(&shared.pushed_lse[item][rank], to), lse,
+           shared_address_in_cta(&shared.arrived[item], to));
     } else if (!Storage::kFar || row - kKept < Storage::kNear) {
       shared.kept_lse[row - kKept] = lse;
     } else {
@@ -156,18 +161,24 @@ __device__ __forceinline__ void merge_kept(const ClusterStorage<Traits, kN>& sha
 }
 
 template <typename Traits, int kN>
-__global__ void __launch_bounds__(kClusterThreads, 1) attend_cluster_kernel(const __grid_constant__ FewParams params) {
+__global__ void __cluster_dims__(kClusterCtas, 1, 1) __launch_bounds__(kClusterThreads, 1)
+    attend_cluster_kernel(const __grid_constant__ FewParams params) {
   extern __shared__ __align__(1024) uint8_t storage[];
   auto& shared = *reinterpret_cast<ClusterStorage<Traits, kN>*>(storage);
   const AttendParams& p = params.attend;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int kv_head = blockIdx.x / kClusterCtas, rank = blockIdx.x % kClusterCtas;
 
+  using Storage = ClusterStorage<Traits, kN>;
   MergeItem item(params, rank + kClusterCtas * warp);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < Storage::kItems; ++i) mbarrier_init(&shared.arrived[i], 1);
+    mbarrier_init_fence();
+  }
+  cluster_arrive_relaxed();
   const bool keeps = p.plan.counts[kRowsPacked] > 0;  // tokens are in several rows
   HeadRows rows(params, kv_head, rank, lane);
   item.load_entries(p.plan, lane);
-  cluster_arrive();
   const TileRange range = rows.range();
   PieceLoader<Traits, HeadRows> loader(params, range, rows, warp, lane);
   ClusterSink<Traits, kN> sink{p, shared, rank, (kv_head * kClusterCtas + rank) * rows.num_queries()};
@@ -184,25 +195,33 @@ __global__ void __launch_bounds__(kClusterThreads, 1) attend_cluster_kernel(cons
       }
       continue;
     }
-    attend_few<Traits, kN>(shared.rings, params, tile, loader, loaded, slot, sink, warp, lane);
+    if (kN == 1 || tile.q_count * params.group <= 8) {
+      attend_few<Traits, 1>(shared.rings, params, tile, loader, loaded, slot, sink, warp, lane);
+    } else {
+      attend_few<Traits, kN>(shared.rings, params, tile, loader, loaded, slot, sink, warp, lane);
+    }
   }
   sink.meet();
 
-  cluster_arrive();
   const int first_row = __shfl_sync(~0u, item.entry.x, 0);
   const unsigned in = __ballot_sync(~0u, rows.is_in(first_row, lane % kClusterCtas)) & ((1u << kClusterCtas) - 1);
-  const bool sole = rows.is_sole(first_row);
   const int out_row = item.token * p.num_qo_heads + kv_head * params.group + item.head_in_group;
-  cluster_wait();
-  if (item.rows == 1 && sole) {
-    if (__popc(in) > 1) merge_pushed<Traits>(shared.pushed[warp], shared.pushed_lse[warp], in, p, out_row, lane);
-  } else if (item.rows > 0) {
-    merge_kept<Traits, kN>(shared, params, rows, item, kv_head, out_row, lane);
+  if (item.rows == 1 && rows.is_sole(first_row) && __popc(in) > 1) {
+    constexpr int kBytes = sizeof(shared.pushed[0][0]) + sizeof(shared.pushed_lse[0][0]);
+    if (lane == 0) mbarrier_arrive_expect_tx(&shared.arrived[warp], __popc(in) * kBytes);
+    mbarrier_wait(&shared.arrived[warp], 0);
+    merge_pushed<Traits>(shared.pushed[warp], shared.pushed_lse[warp], in, p, out_row, lane);
   }
-  if (keeps) {  // shared memory must not go while others read it
+  if (keeps) {
     __syncwarp();
     cluster_arrive();
     cluster_wait();
+    if (item.rows > 0 && !rows.is_sole(first_row)) {
+      merge_kept<Traits, kN>(shared, params, rows, item, kv_head, out_row, lane);
+    }
+    __syncwarp();
+    cluster_arrive_relaxed();
+    cluster_wait();  // shared memory must not go while others read it
   }
   wait_for_primary();  // even if it was not needed: whatever follows this kernel relies on select being over
 }

@@ -21,8 +21,9 @@ class HeadRows {
     pieces_ = exists ? max(1, ceil_div(row_.kv_len, kWarpKeys)) : 0;
     const int length = exists ? pieces_ + kStartPieces : 0, queries = exists ? row_.q_count * params.group : 0;
     int end = length, last_query = queries;
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
+    const int most_rows = 2 * params.attend.batch - 1;  // one of each request, and fewer packed ones
+#pragma unroll 1
+    for (int step = 1; step < most_rows; step *= 2) {
       const int before = __shfl_up_sync(~0u, end, step), queries_before = __shfl_up_sync(~0u, last_query, step);
       if (lane >= step) {
         end += before;
@@ -31,8 +32,8 @@ class HeadRows {
     }
     first_piece_ = end - length;
     first_query_ = last_query - queries;
-    num_queries_ = __shfl_sync(~0u, last_query, 31);
-    share_ = max(ceil_div(__shfl_sync(~0u, end, 31), kClusterCtas), kClusterWarps);
+    num_queries_ = __shfl_sync(~0u, last_query, most_rows - 1);
+    share_ = max(ceil_div(__shfl_sync(~0u, end, most_rows - 1), kClusterCtas), kClusterWarps);
     piece_begin_ = min(max(rank * share_ - first_piece_, 0), pieces_);
     piece_end_ = min(max((rank + 1) * share_ - first_piece_, 0), pieces_);
   }

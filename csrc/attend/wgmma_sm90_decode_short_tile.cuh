@@ -194,6 +194,7 @@ template <typename Traits, int kMostWarps, typename ShareOf, typename Sink>
 __device__ __forceinline__ void combine_shares(const ShareOf& share, const Params& params, int queries, bool direct,
                                                int32_t out_row, const Sink& sink, int warp, int warps, int lane) {
   constexpr int kQuads = Traits::kHeadDim / 4;
+#pragma unroll 1
   for (int first = 32 * warp; first < queries * kQuads; first += 32 * warps) {
     const int m = (first + lane) / kQuads;
     const int d = (first + lane) % kQuads * 4;
