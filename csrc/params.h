@@ -157,6 +157,7 @@ struct AttendParams {
   int32_t max_qo_len, max_kv_len;  // of the longest requests, known to the host; cublaslt only
   int32_t fp32_scores;             // what the scores are kept in, else fp16; cublaslt only
   int32_t lists_begin;             // kv_indices from here on are written by select, launched just before; 0: none
+  int32_t free_cuts;               // 1: rows say all that is to be read, and may be cut otherwise than into the tiles
   int32_t num_sms;
   void* stream;
 };
@@ -221,6 +222,7 @@ int run_select_cpu(const SelectParams&);
 // attend, one function a variant; merge combines the partials of a token in the order of merge_rows.
 int run_attend_wmma_sm80(const AttendParams&);
 int run_attend_wgmma_sm90_decode(const AttendParams&);
+int wgmma_sm90_decode_leaves_partials(const AttendParams&);  // 0: it has merged them itself
 int run_attend_wgmma_sm90_prefill(const AttendParams&);
 int run_attend_cublaslt(const AttendParams&);
 int run_attend_cpu(const AttendParams&);

@@ -71,5 +71,6 @@ class Kernel:
                 decode=decode,
                 variant=self.choice.variant.name,
                 lists_begin=plan.lists_begin,
+                free_cuts=plan.free_cuts,
                 **more,
             )

@@ -178,6 +178,7 @@ def attend(
     max_kv_len: int = 0,
     fp32_scores: bool = True,
     lists_begin: int = 0,
+    free_cuts: bool = False,
 ) -> None:
     """Attention over a plan, then the merge of its partial results.
 
@@ -200,6 +201,7 @@ def attend(
         fp32_scores: variant cublaslt: scores in fp32, as an LSE asks for; else in fp16.
         lists_begin: where the page lists start in ``kv_indices`` that ``select`` has just been launched to write, with
             nothing between the two on the stream: attention then begins beside it. 0: nothing is being written.
+        free_cuts: a kernel may cut rows otherwise than into the plan's tiles, see ``Plan.free_cuts``.
     """
     library().attend(
         q,
@@ -222,6 +224,7 @@ def attend(
         max_kv_len,
         fp32_scores,
         lists_begin,
+        free_cuts,
     )
 
 

@@ -144,6 +144,7 @@ def attend(
         max_qo_len=max(case.q_lens, default=0),
         max_kv_len=max(case.kv_lens, default=0),
         fp32_scores=fp32_scores,
+        free_cuts=isinstance(plan, Plan) and plan.free_cuts,
     )
     return out, lse
 

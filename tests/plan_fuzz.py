@@ -97,7 +97,7 @@ def tensors(case: Attended, device: str) -> list[torch.Tensor]:
 def attend(case: Attended, plan: Plan, variant: str) -> tuple[torch.Tensor, torch.Tensor]:
     """out and LSE of ``variant`` over ``plan``, on the plan's device; what is not written is NaN."""
     q, k, v = tensors(case, plan.counts.device.type)
-    partials = int(plan.counts[Count.NUM_PARTIALS])
+    partials = plan.capacity.max_partials
     out = torch.full_like(q, torch.nan)
     lse = torch.full(q.shape[:2], torch.nan, device=q.device)
     ops.attend(
@@ -105,8 +105,8 @@ def attend(case: Attended, plan: Plan, variant: str) -> tuple[torch.Tensor, torc
         k,
         v,
         plan.tensors(),
-        torch.full((max(partials, 1), case.head_dim), torch.nan, device=q.device),
-        torch.full((max(partials, 1),), torch.nan, device=q.device),
+        torch.full((partials, case.head_dim), torch.nan, device=q.device),
+        torch.full((partials,), torch.nan, device=q.device),
         out,
         lse,
         rows_per_tile=case.batch.rows_per_tile,
@@ -116,6 +116,7 @@ def attend(case: Attended, plan: Plan, variant: str) -> tuple[torch.Tensor, torc
         logits_soft_cap=0.0,
         decode=True,
         variant=variant,
+        free_cuts=plan.free_cuts,
     )
     return out, lse
 

@@ -345,6 +345,7 @@ def check_attention(batch: Batch, variant: str) -> None:
         logits_soft_cap=0.0,
         decode=True,
         variant=variant,
+        free_cuts=plan.free_cuts,
     )
     pages = sum(map(len, batch.tables))
     table = [t.cpu() for t in (plan.qo_indptr, plan.kv_indptr, plan.kv_indices[:pages], plan.last_page_len)]

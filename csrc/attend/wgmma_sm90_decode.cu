@@ -208,10 +208,15 @@ int run_attend_wgmma_sm90_decode(const AttendParams& p) {
     return cudaErrorInvalidValue;
   }
   const Params params = make_params(p);
+  if (fits_cluster(params)) return run_cluster(params);
   if (are_few(params)) return run_few(params);
   // Behind select (lists_begin) there is no room for two: the first one must not end before select does.
   const bool either = p.decode && p.lists_begin == 0 && has_short_strides(p);
   return either ? run_either(params) : run_many(params);
+}
+
+int wgmma_sm90_decode_leaves_partials(const AttendParams& p) {
+  return !decode90::fits_cluster(decode90::make_params(p));
 }
 
 }  // namespace flashcore

@@ -1,5 +1,7 @@
-// wgmma_sm90, decode of few queries, a cluster a KV head: launcher (the kernel: wgmma_sm90_decode_cluster.cuh).
+// wgmma_sm90, decode of few requests, a cluster a KV head: launcher (the kernel: wgmma_sm90_decode_cluster.cuh).
 #include <cuda_runtime.h>
+
+#include <algorithm>
 
 #include "attend/wgmma_sm90_decode.h"
 #include "attend/wgmma_sm90_decode_cluster.cuh"
@@ -8,38 +10,70 @@ namespace flashcore::decode90 {
 namespace {
 
 template <typename T, int kHeadDim, int kN>
-cudaError_t launch(const FewParams& params) {
-  using Traits = FewTraits<T, kHeadDim, kClusterWarps>;
-  const auto kernel = attend_cluster_kernel<Traits, kN>;
-  constexpr int kShared = sizeof(ClusterStorage<Traits, kN>);
+struct Launcher {
+  using Storage = ClusterStorage<FewTraits<T, kHeadDim, kClusterWarps>, kN>;
+  static constexpr auto kKernel = attend_cluster_kernel<FewTraits<T, kHeadDim, kClusterWarps>, kN>;
+  static constexpr int kShared = sizeof(Storage);
   static_assert(kShared <= 227 * 1024);
-  static const cudaError_t opt_in = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
-  if (opt_in != cudaSuccess) return opt_in;
-  const AttendParams& p = params.attend;
-  const int ctas = p.num_kv_heads * kClusterCtas;
-  const auto stream = static_cast<cudaStream_t>(p.stream);
-  if (p.lists_begin > 0) {  // beside select
-    return launch_dependent_shared(kernel, ctas, kClusterThreads, kShared, stream, params);
+
+  // Clusters that run at the same time. It takes GPCs with 8 SMs to spare, and not all GPUs, or parts of them, have 8.
+  static int most_clusters() {
+    static const int most = [] {
+      if (cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared) != cudaSuccess) return 0;
+      cudaLaunchConfig_t config{};
+      config.gridDim = dim3(kClusterCtas);
+      config.blockDim = dim3(kClusterThreads);
+      config.dynamicSmemBytes = kShared;
+      int clusters = 0;
+      return cudaOccupancyMaxActiveClusters(&clusters, kKernel, &config) == cudaSuccess ? clusters : 0;
+    }();
+    return most;
   }
-  kernel<<<ctas, kClusterThreads, kShared, stream>>>(params);
-  return cudaGetLastError();
-}
+  static bool fits(const AttendParams& p) { return p.num_kv_heads <= most_clusters(); }
 
-template <typename T, int kHeadDim>
-cudaError_t dispatch_queries(const FewParams& params) {
-  return params.attend.num_tokens * params.group <= 8 ? launch<T, kHeadDim, 1>(params) : launch<T, kHeadDim, 2>(params);
-}
+  static cudaError_t run(const FewParams& params) {
+    const AttendParams& p = params.attend;
+    const int ctas = p.num_kv_heads * kClusterCtas;
+    const auto stream = static_cast<cudaStream_t>(p.stream);
+    if (p.lists_begin > 0) {  // beside select
+      return launch_dependent_shared(kKernel, ctas, kClusterThreads, kShared, stream, params);
+    }
+    kKernel<<<ctas, kClusterThreads, kShared, stream>>>(params);
+    return cudaGetLastError();
+  }
+};
 
-template <typename T>
-cudaError_t dispatch(const FewParams& params) {
-  return params.attend.head_dim == 64 ? dispatch_queries<T, 64>(params) : dispatch_queries<T, 128>(params);
+// Calls f with the launcher of the instantiation that the parameters ask for.
+template <typename F>
+auto dispatch(const Params& params, const F& f) {
+  const AttendParams& p = params.attend;
+  const auto by_queries = [&]<typename T, int kHeadDim>() {
+    return p.num_tokens * params.group <= 8 ? f(Launcher<T, kHeadDim, 1>{}) : f(Launcher<T, kHeadDim, 2>{});
+  };
+  const auto by_head_dim = [&]<typename T>() {
+    return p.head_dim == 64 ? by_queries.template operator()<T, 64>() : by_queries.template operator()<T, 128>();
+  };
+  return p.dtype == DType::bf16 ? by_head_dim.template operator()<__nv_bfloat16>()
+                                : by_head_dim.template operator()<__half>();
 }
 
 }  // namespace
 
+bool fits_cluster(const Params& params) {
+  const AttendParams& p = params.attend;
+  const bool packs = p.plan.max_row_tokens > 1;
+  const int queries = p.num_tokens * params.group;
+  const int most_queries = packs ? std::min(kShortQueries, p.plan.rows_per_tile) : kFewQueries;
+  const int kept = packs ? queries * (kMaxLevels + 1) : 0;  // partial results of a CTA at most
+  return p.decode && p.free_cuts && p.num_kv_heads == kClusterHeads && p.batch <= kClusterBatch &&
+         params.group <= kShortQueries && queries <= most_queries && has_short_strides(p) &&
+         p.num_kv_heads * kClusterCtas * kept <= p.plan.max_partials &&
+         dispatch(params, [&](auto launcher) { return launcher.fits(p); });
+}
+
 cudaError_t run_cluster(const Params& params) {
   const FewParams few(params);
-  return params.attend.dtype == DType::bf16 ? dispatch<__nv_bfloat16>(few) : dispatch<__half>(few);
+  return dispatch(params, [&](auto launcher) { return launcher.run(few); });
 }
 
 }  // namespace flashcore::decode90

@@ -1,164 +1,37 @@
-// Decode on Hopper, small steps: a cluster of CTAs for each KV head, from the keys to the merged output.
+// Decode on Hopper, small steps of models with 8 KV heads: a cluster of CTAs for each of them, from the keys to the
+// output.
+//
+// All that a KV head's queries need is read by one cluster, so its CTAs merge among themselves: there is no second
+// kernel, which costs 2 us and more. The rows of a plan are the same for every KV head, so each cluster cuts the same
+// line (HeadRows), evenly whatever the lengths are; tiles and CTA ranges of the plan are not used, and packed rows,
+// page lists and masks are as anywhere. 64 of 132 SMs are enough: with 192 KB on its way to each they read 4.3 TB/s.
+//
+// Grid   8 CTAs a KV head, one to an SM. Block: 8 warps, a ring of pieces each (wgmma_sm90_decode_pieces.cuh).
+// Shared rings 192 KB; partial results, pushed and kept, up to 33 KB.
+//
+// Measured on an H200 with cold caches (32 query and 8 KV heads of 128, bf16, pages of 64), us, with the merge,
+// wgmma_sm90_decode_few.cuh / this one: 1 x 1K 10.2 / 8.8, 1 x 8K 16.7 / 15.7, 1 x 32K 39.2 / 37.8, 4 x 1K 13.9 / 12.2,
+// 4 x 8K 40.2 / 37.8. Of that:
+// - Partial results pushed, with one barrier of the cluster, instead of fetched between two: 0.5 us.
+// - st.async and its count instead of that barrier; no fence in the arrival that says that a CTA runs: 0.7 us. A
+//   release at cluster scope is a MEMBAR at that of the GPU.
+// - Queries asked for ahead of the keys: 0.4 us to 1.1 us; the other kernel, 0 to 0.4 us.
+// - Sums over as many rows as there can be, not over 32: 0.3 us where there is one.
+// - Two ways through a tile, for up to 8 and up to 16 queries: 1.1 us at 4 x 1K.
+// - Not enough SMs: packed rows of 17 to 32 queries, which the arithmetic bounds (8 x 32K, 30K of it shared: 96 us, the
+//   other kernel 66; two pieces at a time 86). Clusters of 16 do not fit 8 times, clusters of 8 not 16 times: an H200
+//   has GPCs of fewer SMs.
 #pragma once
 
+#include "attend/wgmma_sm90_decode_cluster_merge.cuh"
 #include "attend/wgmma_sm90_decode_cluster_rows.cuh"
-#include "attend/wgmma_sm90_decode_output.cuh"
 #include "attend/wgmma_sm90_decode_pieces.cuh"
 #include "device/cluster.cuh"
-#include "plan/scratch.h"
+#include "device/mbarrier.cuh"
 
 namespace flashcore::decode90 {
 
 constexpr int kClusterThreads = kClusterWarps * 32;
-
-// The partial results that a CTA merges, and its own of rows whose tokens are in several rows.
-template <typename Traits, int kN>
-struct ClusterStorage {
-  static constexpr int kItems = kN == 1 ? 1 : kFewQueries / kClusterCtas;  // that a CTA merges at most
-  static constexpr int kNear = kN == 1 ? 8 * (kMaxLevels + 1) : 32;        // of kN = 1 these are all
-  static constexpr bool kFar = kN > 1;
-
-  PieceRings<Traits> rings;
-  float pushed[kItems][kClusterCtas][Traits::kHeadDim];
-  float kept[kNear][Traits::kHeadDim];
-  float pushed_lse[kItems][kClusterCtas];
-  float kept_lse[kNear];
-  Mbarrier arrived[kItems];  // the partial results of an item have
-};
-
-// Where the rows of a CTA go: to the output; to the CTA that merges them, which then has all at hand; or, where a token
-// is in several rows, to where it can be fetched, the first ones in shared memory, the others in the buffers.
-template <typename Traits, int kN>
-struct ClusterSink {
-  using Storage = ClusterStorage<Traits, kN>;
-  const AttendParams& p;
-  Storage& shared;
-  int rank;
-  int far;        // rows of the buffers in front of this CTA's
-  bool met = false;  // all CTAs of the cluster are known to run
-
-  __device__ __forceinline__ void meet() {
-    if (!met) cluster_wait();
-    met = true;
-  }
-  __device__ __forceinline__ void store4(bool direct, int row, int d, float4 o) const {
-    if (direct) {
-      decode90::store4<Traits>(p, true, row, d, o);
-    } else if (row < kKept) {
-      const int item = row / kClusterCtas, to = row % kClusterCtas;
-      push(shared_address_in_cta(&shared.pushed[item][rank][d], to), o,
-           shared_address_in_cta(&shared.arrived[item], to));
-    } else if (!Storage::kFar || row - kKept < Storage::kNear) {
-      *reinterpret_cast<float4*>(&shared.kept[row - kKept][d]) = o;
-    } else {
-      decode90::store4<Traits>(p, false, far + row - kKept, d, o);
-    }
-  }
-  __device__ __forceinline__ void store_lse(bool direct, int row, float lse) const {
-    if (direct) {
-      decode90::store_lse(p, true, row, lse);
-    } else if (row < kKept) {
-      const int item = row / kClusterCtas, to = row % kClusterCtas;
-      push(shared_address_in_cta(&shared.pushed_lse[item][rank], to), lse,
-           shared_address_in_cta(&shared.arrived[item], to));
-    } else if (!Storage::kFar || row - kKept < Storage::kNear) {
-      shared.kept_lse[row - kKept] = lse;
-    } else {
-      decode90::store_lse(p, false, far + row - kKept, lse);
-    }
-  }
-};
-
-// out = sum(w_n o_n) / sum(w_n), w_n = 2^(lse_n - max lse), over the CTAs of the cluster; one warp. Lane l < 8 and those
-// with the same l % 8 hold the LSE of CTA l % 8, -inf where it has none.
-struct MergeSum {
-  float sum = 0.0f;
-  float4 o = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-
-  __device__ __forceinline__ void add(float weights, int first_lane, const float4 (&parts)[kClusterCtas]) {
-#pragma unroll
-    for (int rank = 0; rank < kClusterCtas; ++rank) {
-      const float weight = __shfl_sync(~0u, weights, first_lane + rank);
-      sum += weight;
-      o.x += weight * parts[rank].x;
-      o.y += weight * parts[rank].y;
-      o.z += weight * parts[rank].z;
-      o.w += weight * parts[rank].w;
-    }
-  }
-  template <typename Traits>
-  __device__ __forceinline__ void store(const AttendParams& p, int row, float maximum, int lane) const {
-    const float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
-    if (4 * lane < Traits::kHeadDim) {
-      store4<Traits>(p, true, row, 4 * lane, make_float4(o.x * inverse, o.y * inverse, o.z * inverse, o.w * inverse));
-    }
-    if (lane == 0) store_lse(p, true, row, maximum + log2f(sum));
-  }
-};
-
-// A token that is in one row: its partial results have been pushed to this CTA by those in `in`.
-template <typename Traits>
-__device__ __forceinline__ void merge_pushed(const float (&pushed)[kClusterCtas][Traits::kHeadDim],
-                                             const float (&lses)[kClusterCtas], unsigned in, const AttendParams& p,
-                                             int row, int lane) {
-  float4 parts[kClusterCtas];
-#pragma unroll
-  for (int rank = 0; rank < kClusterCtas; ++rank) {
-    parts[rank] = in >> rank & 1 ? *reinterpret_cast<const float4*>(&pushed[rank][lane * 4 % Traits::kHeadDim])
-                                 : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-  }
-  const float lse = in >> lane % kClusterCtas & 1 ? lses[lane % kClusterCtas] : -INFINITY;
-  float maximum = lse;
-#pragma unroll
-  for (int step = kClusterCtas / 2; step > 0; step /= 2) maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, step));
-  MergeSum sum;
-  sum.add(exp2_fast(lse - (maximum == -INFINITY ? 0.0f : maximum)), 0, parts);
-  sum.store<Traits>(p, row, maximum, lane);
-}
-
-// A token that is in several rows: its partial results are fetched from where they have been kept.
-template <typename Traits, int kN>
-__device__ __forceinline__ void merge_kept(const ClusterStorage<Traits, kN>& shared, const FewParams& params,
-                                           const HeadRows& rows, const MergeItem& item, int kv_head, int out_row,
-                                           int lane) {
-  using Storage = ClusterStorage<Traits, kN>;
-  constexpr int kLevels = 32 / kClusterCtas;  // rows whose LSEs a register holds: lane l row l / 8 in CTA l % 8
-  static_assert(kMaxLevels + 1 <= 2 * kLevels);
-  const AttendParams& p = params.attend;
-  const auto row_of = [&](int level) { return __shfl_sync(~0u, item.entry.x, level); };
-  const auto query_of = [&](int level) {
-    return rows.first_query(row_of(level)) + __shfl_sync(~0u, item.entry.y, level) * params.group + item.head_in_group;
-  };
-  const auto is_near = [](int query) { return !Storage::kFar || query < Storage::kNear; };
-  const auto far_row = [&](int rank, int query) { return (kv_head * kClusterCtas + rank) * rows.num_queries() + query; };
-  const auto lse_of = [&](int level) {
-    const int query = query_of(level), rank = lane % kClusterCtas;
-    if (!rows.is_in(row_of(level), rank) || level >= item.rows) return -INFINITY;
-    return is_near(query) ? *in_cta(&shared.kept_lse[query], rank) : p.partial_lse[far_row(rank, query)];
-  };
-  const float lse = lse_of(lane / kClusterCtas);
-  const float lse_behind = item.rows > kLevels ? lse_of(kLevels + lane / kClusterCtas) : -INFINITY;
-  float maximum = fmaxf(lse, lse_behind);
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, step));
-  const float reference = maximum == -INFINITY ? 0.0f : maximum;
-  MergeSum sum;
-#pragma unroll 1
-  for (int level = 0; level < item.rows; ++level) {
-    const int query = query_of(level);
-    const unsigned in = __ballot_sync(~0u, rows.is_in(row_of(level), lane % kClusterCtas));
-    float4 parts[kClusterCtas];
-#pragma unroll
-    for (int rank = 0; rank < kClusterCtas; ++rank) {
-      const float* from = is_near(query) ? in_cta(&shared.kept[query][0], rank)
-                                         : p.partial_o + int64_t{far_row(rank, query)} * Traits::kHeadDim;
-      parts[rank] = in >> rank & 1 ? *reinterpret_cast<const float4*>(from + lane * 4 % Traits::kHeadDim)
-                                   : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    }
-    sum.add(exp2_fast((level < kLevels ? lse : lse_behind) - reference), level % kLevels * kClusterCtas, parts);
-  }
-  sum.store<Traits>(p, out_row, maximum, lane);
-}
 
 template <typename Traits, int kN>
 __global__ void __cluster_dims__(kClusterCtas, 1, 1) __launch_bounds__(kClusterThreads, 1)
@@ -196,9 +69,9 @@ __global__ void __cluster_dims__(kClusterCtas, 1, 1) __launch_bounds__(kClusterT
       continue;
     }
     if (kN == 1 || tile.q_count * params.group <= 8) {
-      attend_few<Traits, 1>(shared.rings, params, tile, loader, loaded, slot, sink, warp, lane);
+      attend_few<Traits, 1, false>(shared.rings, params, tile, loader, loaded, slot, sink, warp, lane);
     } else {
-      attend_few<Traits, kN>(shared.rings, params, tile, loader, loaded, slot, sink, warp, lane);
+      attend_few<Traits, kN, false>(shared.rings, params, tile, loader, loaded, slot, sink, warp, lane);
     }
   }
   sink.meet();

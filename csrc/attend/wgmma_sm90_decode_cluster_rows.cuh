@@ -5,11 +5,12 @@
 
 namespace flashcore::decode90 {
 
-constexpr int kClusterCtas = 8;   // of a KV head
-constexpr int kClusterWarps = 8;  // of a CTA
-constexpr int kClusterRows = 32;  // rows of a plan: one a lane
-constexpr int kKept = 1 << 30;    // partial results from here on are kept: query i of the line at kKept + i
-constexpr int kStartPieces = 8;   // what the start and end of a tile cost, in pieces of 16 keys
+constexpr int kClusterHeads = 8;   // KV heads
+constexpr int kClusterCtas = 8;    // of a KV head
+constexpr int kClusterWarps = 8;   // of a CTA
+constexpr int kClusterBatch = 16;  // requests at most: fewer than 32 rows, one a lane
+constexpr int kKept = 1 << 30;     // partial results from here on are kept: query i of the line at kKept + i
+constexpr int kStartPieces = 8;    // what the start and end of a tile cost, in pieces of 16 keys
 
 // The rows of a plan for one KV head, one a lane, on a line in pieces of 16 keys that is cut evenly over the cluster's
 // CTAs. A warp makes it for itself, of one load; PieceLoader reads it as it reads TileWindow.
@@ -90,7 +91,8 @@ class HeadRows {
   int share_, num_queries_;
 };
 
-// A query head of a token, which one warp of the cluster merges: number token * group + head_in_group, in CTA number % 8.
+// A query head of a token, which one warp of the cluster merges: number token * group + head_in_group, in CTA number
+// % 8.
 struct MergeItem {
   int token, head_in_group;
   int begin = 0, rows = 0;  // entries of merge_rows: the rows that the token is in

@@ -58,7 +58,7 @@ __global__ void __maxnreg__(216) attend_few_kernel(const __grid_constant__ FewPa
       }
       continue;
     }
-    attend_few<Traits, kN>(rings, params, tile, loader, loaded, slot, sink, warp, lane);
+    attend_few<Traits, kN, (kN > 1)>(rings, params, tile, loader, loaded, slot, sink, warp, lane);
   }
   wait_for_primary();  // even if it was not needed: whatever follows this kernel relies on select being over
 }

@@ -1,6 +1,6 @@
-// Decode on Hopper, tiles of few queries out of rings of pieces: each warp finds its tile's pages by itself and keeps a
-// ring of its own filled by cp.async, 16 keys a piece. No tensor maps, no barriers but at a tile's end, one way through
-// the code.
+// Decode on Hopper, tiles of few queries out of rings of pieces: every warp finds its tile's pages by itself and keeps
+// a ring of its own filled by cp.async, 16 keys a piece. There are no tensor maps, no barriers before the end of a tile
+// and one way through the code: of a small step that is most of the time.
 #pragma once
 
 #include "arithmetic.h"
@@ -152,20 +152,20 @@ __device__ __forceinline__ PackedQuery packed_query(const FewParams& params, con
   return {params.attend, tile, first_head, m / params.by_group, m % params.by_group, m};
 }
 
-// A tile of at least one key, by teams of warps for 8 * kN queries each. One team: a warp takes the keys it has loaded.
-// Several (kN = 2): all warps wait for a unit, and each takes its team's share of it. `slot` is where the loader goes
-// on.
-template <typename Traits, int kN, typename Tiles, typename Sink>
+// A tile of at least one key and at most 8 * kN queries: a warp takes the keys it has loaded. Or, kTeams, of twice as
+// many queries: all warps wait for a step's keys, and each takes its team's share of them. `slot` is where the loader
+// goes on; `sink` takes the rows.
+template <typename Traits, int kN, bool kTeams, typename Tiles, typename Sink>
 __device__ __forceinline__ void attend_few(PieceRings<Traits>& rings, const FewParams& params, const Tile& tile,
-                                           PieceLoader<Traits, Tiles>& loader, int& loaded, int& slot,
-                                           Sink& sink, int warp, int lane) {
+                                           PieceLoader<Traits, Tiles>& loader, int& loaded, int& slot, Sink& sink,
+                                           int warp, int lane) {
   constexpr int kWarps = Traits::kWarps;
   const AttendParams& p = params.attend;
   const int queries = tile.q_count * params.group;
-  const int team_warps = kN == 1 || queries <= kShortQueries ? kWarps : kWarps / 2;
-  const bool alone = team_warps == kWarps;
+  const bool alone = !kTeams || queries <= kShortQueries;
+  const int team_warps = alone ? kWarps : kWarps / 2;
   const int member = warp & (team_warps - 1), first_warp = warp - member;
-  const int first_query = first_warp * 2 * kShortQueries / kWarps;  // the second of two teams begins with query 16
+  const int first_query = first_warp == 0 ? 0 : kShortQueries;  // the second team's
   const auto sync = [&] {
     if (alone) {
       __syncwarp();

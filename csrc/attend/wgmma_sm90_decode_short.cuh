@@ -65,8 +65,7 @@ __device__ __forceinline__ void consume_short(SharedStorage<Traits>& shared, con
     tile.leave(shares[warp], n, lane);
     named_barrier_sync(kConsumerBarrier, kConsumers);
     combine_shares<Traits, kConsumerWarps>([&](int w) -> const auto& { return shares[w]; }, params,
-                                           min(8, queries - 8 * n), direct,
-                                           __shfl_sync(~0u, out_row, 8 * n + lane % 8),
+                                           min(8, queries - 8 * n), direct, __shfl_sync(~0u, out_row, 8 * n + lane % 8),
                                            GlobalRows<Traits>{params.attend}, warp, kConsumerWarps, lane);
   }
   named_barrier_sync(kConsumerBarrier, kConsumers);

@@ -9,8 +9,9 @@
 
 namespace flashcore {
 
-// The barrier of a cluster, in two halves: what a thread wrote before it arrived, to any memory, is seen by every thread
-// that has waited. Relaxed, arriving takes no fence, which is a trip to memory, and promises only that the CTA runs.
+// The barrier of a cluster, in two halves: what a thread wrote before it arrived, to any memory, is seen by every
+// thread that has waited. Relaxed, arriving takes no fence, which is a trip to memory, and promises only that the CTA
+// runs.
 __device__ __forceinline__ void cluster_arrive() {
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 }

@@ -10,7 +10,7 @@ void attend(const Tensor& q_tensor, const Tensor& k_cache, const Tensor& v_cache
             const std::optional<Tensor>& lse_tensor, int64_t rows_per_tile, double sm_scale, bool causal,
             int64_t window_left, double logits_soft_cap, bool decode, const std::string& variant,
             const std::optional<Tensor>& workspace, int64_t max_qo_len, int64_t max_kv_len, bool fp32_scores,
-            int64_t lists_begin) {
+            int64_t lists_begin, bool free_cuts) {
   constexpr const char* kOp = "attend";
   const TensorArg q = describe(kOp, "q", q_tensor);
   const int device = q.device;
@@ -95,11 +95,14 @@ void attend(const Tensor& q_tensor, const Tensor& k_cache, const Tensor& v_cache
       .max_kv_len = static_cast<int32_t>(max_kv_len),
       .fp32_scores = fp32_scores,
       .lists_begin = static_cast<int32_t>(lists_begin),
+      .free_cuts = free_cuts,
       .num_sms = num_sms(device),
       .stream = launch.stream(),
   };
   run(kOp, variant.c_str(), kernel.run, params);
-  if (kernel.merges && partials.size(0) > 0) run(kOp, "merge", device == kCpu ? run_merge_cpu : run_merge_cuda, params);
+  if (partials.size(0) > 0 && kernel.leaves_partials(params)) {
+    run(kOp, "merge", device == kCpu ? run_merge_cpu : run_merge_cuda, params);
+  }
 }
 
 }  // namespace flashcore

@@ -7,12 +7,16 @@ namespace flashcore {
 
 namespace {
 
+int always(const AttendParams&) { return 1; }
+int never(const AttendParams&) { return 0; }
+
 struct Variant {
   const char* name;
   bool cuda;
   Run<AttendParams> decode;
   Run<AttendParams> prefill;
-  bool merges = true;  // leaves partial results for the merge
+  LeavesPartials decode_leaves = always;
+  LeavesPartials prefill_leaves = always;
 
   bool built() const { return decode != nullptr || prefill != nullptr; }
   // Why a variant that was built cannot run on this machine, or nullptr.
@@ -23,8 +27,9 @@ struct Variant {
 const Variant kVariants[] = {
     {"cpu", false, run_attend_cpu, run_attend_cpu},
     {"wmma_sm80", true, run_attend_wmma_sm80, run_attend_wmma_sm80},
-    {"wgmma_sm90", true, run_attend_wgmma_sm90_decode, run_attend_wgmma_sm90_prefill},
-    {"cublaslt", true, nullptr, run_attend_cublaslt, false},
+    {"wgmma_sm90", true, run_attend_wgmma_sm90_decode, run_attend_wgmma_sm90_prefill,
+     wgmma_sm90_decode_leaves_partials},
+    {"cublaslt", true, nullptr, run_attend_cublaslt, never, never},
 };
 
 }  // namespace
@@ -58,7 +63,7 @@ Kernel find_variant(const std::string& name, bool cuda, bool decode) {
     const Run<AttendParams> run = decode ? variant.decode : variant.prefill;
     require(run != nullptr, "attend", "variant: '", name, "' has no kernel for ", decode ? "decode" : "prefill",
             "; choose another variant");
-    return {run, variant.merges};
+    return {run, decode ? variant.decode_leaves : variant.prefill_leaves};
   }
   fail("attend", "variant: expected one of ", variant_names(false), ", got '", name,
        "'; choose one that this library was built with");

@@ -10,10 +10,13 @@ namespace flashcore {
 template <class Params>
 using Run = int (*)(const Params&);
 
+// Whether a kernel leaves partial results for the merge: 0 if not.
+using LeavesPartials = int (*)(const AttendParams&);
+
 // What computes one phase.
 struct Kernel {
   Run<AttendParams> run;
-  bool merges;  // leaves partial results for the merge
+  LeavesPartials leaves_partials;
 };
 
 // Raises, saying why, where the variant is unknown, not built, for the other device or cannot run here.

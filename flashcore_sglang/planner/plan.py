@@ -172,6 +172,7 @@ class Plan:
     batch: int  # requests of the current plan, at most capacity.batch
     cut: bool = True  # whether rows of the current plan may be cut: if not, nothing is partial, nothing to be merged
     selections: int = 0  # runs of op select in a step, one for each layer that chooses its pages
+    selects_tiles: bool = False  # whether op select shortens tiles: top-p leaves rows without some of their pages
     selecting: bool = False  # whether op select is the last thing launched, and may still write the page lists
 
     @classmethod
@@ -204,6 +205,11 @@ class Plan:
     def lists_begin(self) -> int:
         """``ops.attend``'s."""
         return self.capacity.pages if self.selecting else 0
+
+    @property
+    def free_cuts(self) -> bool:
+        """``ops.attend``'s: the tiles are one way to cut the rows, and any other gives the same but for rounding."""
+        return not self.capacity.split_keys and not self.selects_tiles
 
     @property
     def max_partials(self) -> int:

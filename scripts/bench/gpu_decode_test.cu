@@ -289,6 +289,7 @@ void build(Problem& problem, const Case& c, const Options& options, bool poison)
   p.window_left = c.window_left;
   p.dtype = c.dtype;
   p.decode = c.q_lens.empty();
+  p.free_cuts = c.split_keys == 0;
   CUDA_CHECK(cudaDeviceGetAttribute(&p.num_sms, cudaDevAttrMultiProcessorCount, 0));
 
   const int64_t token = int64_t{c.num_kv_heads} * c.head_dim;
