@@ -34,6 +34,10 @@ def cases(variant: str) -> Iterator[tuple[Case, int]]:
             continue
         keys = range(pages * PAGE + 1, pages * PAGE + 1 + height // 4)
         yield decode(f"row of {height}", *keys, head_dim=128, page_size=PAGE, shared_pages=pages), height
+    heads = {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "page_size": PAGE}  # a cluster a KV head, on Hopper
+    yield decode("8 KV heads", 700, 0, 65, 1, **heads), 4
+    yield decode("8 KV heads, row of 8", 3300, 3201, shared_pages=50, **heads), 8
+    yield decode("8 KV heads, row of 16", 1700, 1666, 1665, 1800, shared_pages=26, **heads), 16
     for head_dim in sorted(entry.prefill):
         yield extend(f"prefill {head_dim}", (150, 150), (33, 120), (1, 65), head_dim=head_dim, page_size=PAGE), 0
 

@@ -110,6 +110,51 @@ def test_logits_far_from_zero(levels: tuple[float, ...], head_dim: int, variant:
     kit.check(problem, *kit.attend(problem, plan, variant=variant, rows_per_tile=rows_per_tile))
 
 
+HEADS = {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "page_size": 64}
+SMALL_STEPS = [
+    decode("one request", 3000, **HEADS),
+    decode("one key", 1, **HEADS),
+    decode("no keys beside many", 700, 0, 2000, 17, **HEADS),
+    decode("no keys", 0, 0, **HEADS),
+    decode("around a piece", 127, 128, 129, 16, **HEADS),
+    decode("groups of 2", *range(100, 900, 100), **HEADS | {"num_heads": 16}),
+    decode("heads alone", *range(1, 1300, 100), **HEADS | {"num_heads": 8, "page_size": 16}),
+    decode("groups of 5", 300, 65, 1, **HEADS | {"num_heads": 40}),
+    decode("groups of 8", 300, 65, **HEADS | {"num_heads": 64}),
+    decode("groups of 16", 300, **HEADS | {"num_heads": 128}),
+    decode("head size 64", 500, 33, 1200, **HEADS | {"head_dim": 64, "page_size": 32}),
+    decode("fp16", 500, 33, 1200, dtype=torch.float16, **HEADS),
+    decode("window", 1000, 100, 65, 3, window_left=64, **HEADS),
+    decode("soft cap", 400, 33, logits_soft_cap=2.0, **HEADS),
+    decode("packed, 8 queries", 3300, 3201, shared_pages=50, **HEADS),
+    decode("packed, 16 queries", 1700, 1666, 1665, 2222, shared_pages=26, **HEADS),
+    decode("packed, 16 requests", *range(1665, 1681), shared_pages=26, **HEADS | {"num_heads": 8}),
+    decode("packed, no keys behind", 1664, 1664, 1700, shared_pages=26, **HEADS),
+]
+
+
+# With as many CTAs as a GPU has, since on Hopper these steps of 8 KV heads are a kernel's of its own.
+@pytest.mark.parametrize("variant", EVERY)
+@pytest.mark.parametrize("case", SMALL_STEPS, ids=str)
+def test_small_steps(case: Case, variant: str) -> None:
+    device, rows_per_tile = setup(case, variant)
+    problem = make(case, device)
+    plan = kit.make_plan(problem, rows_per_tile=rows_per_tile, num_ctas=264)
+    assert (plan.counts[Count.ROWS_PACKED] > 0) == (case.shared_pages > 0)
+    first, second = (kit.attend(problem, plan, variant=variant, rows_per_tile=rows_per_tile) for _ in range(2))
+    kit.check(problem, *first)
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1], second[1])
+
+
+def test_tiles_that_rows_do_not_tell() -> None:
+    """Cuts are free only where nobody counts on those of the plan."""
+    problem = make(decode("two", 500, 129))
+    assert kit.make_plan(problem).free_cuts
+    assert not kit.make_plan(problem, split_keys=128).free_cuts
+    assert not replace(kit.make_plan(problem), selects_tiles=True).free_cuts
+
+
 @pytest.mark.parametrize("variant", EVERY)
 def test_pairs_enough_are_not_cut(variant: str) -> None:
     case = extend("many pairs", (700, 700), (333, 400), (1, 65))

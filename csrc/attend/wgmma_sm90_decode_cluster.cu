@@ -64,10 +64,10 @@ bool fits_cluster(const Params& params) {
   const bool packs = p.plan.max_row_tokens > 1;
   const int queries = p.num_tokens * params.group;
   const int most_queries = packs ? std::min(kShortQueries, p.plan.rows_per_tile) : kFewQueries;
-  const int kept = packs ? queries * (kMaxLevels + 1) : 0;  // partial results of a CTA at most
+  const int far_queries = packs ? queries * (kMaxLevels + 1) - near_queries(2) : 0;  // of the line, at most
   return p.decode && p.free_cuts && p.num_kv_heads == kClusterHeads && p.batch <= kClusterBatch &&
          params.group <= kShortQueries && queries <= most_queries && has_short_strides(p) &&
-         p.num_kv_heads * kClusterCtas * kept <= p.plan.max_partials &&
+         p.num_kv_heads * kClusterCtas * far_queries <= p.plan.max_partials &&
          dispatch(params, [&](auto launcher) { return launcher.fits(p); });
 }
 

@@ -54,7 +54,7 @@ __global__ void __cluster_dims__(kClusterCtas, 1, 1) __launch_bounds__(kClusterT
   item.load_entries(p.plan, lane);
   const TileRange range = rows.range();
   PieceLoader<Traits, HeadRows> loader(params, range, rows, warp, lane);
-  ClusterSink<Traits, kN> sink{p, shared, rank, (kv_head * kClusterCtas + rank) * rows.num_queries()};
+  ClusterSink<Traits, kN> sink{p, shared, rank, rows.num_queries()};
   loader.begin();
   int loaded = 0, slot = 0;
   for (int i = range.begin; i < range.end; ++i) {

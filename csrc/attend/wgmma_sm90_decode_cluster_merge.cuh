@@ -14,11 +14,20 @@
 
 namespace flashcore::decode90 {
 
+// Queries of the line whose results are kept in shared memory; those behind it go to the partial buffers. With up to 8
+// packed queries that is all there can be.
+constexpr int near_queries(int blocks) { return blocks == 1 ? 8 * (kMaxLevels + 1) : 32; }
+
+// Row of the partial buffers for query `query` of the line, not a near one, in CTA `cta` of the grid.
+__device__ __forceinline__ int far_row(int cta, int query, int num_queries, int near) {
+  return cta * (num_queries - near) + query - near;
+}
+
 // The partial results that a CTA merges, and its own of rows whose tokens are in several rows.
 template <typename Traits, int kN>
 struct ClusterStorage {
   static constexpr int kItems = kN == 1 ? 1 : kFewQueries / kClusterCtas;  // that a CTA merges at most
-  static constexpr int kNear = kN == 1 ? 8 * (kMaxLevels + 1) : 32;        // of kN = 1 these are all
+  static constexpr int kNear = near_queries(kN);
   static constexpr bool kFar = kN > 1;
 
   PieceRings<Traits> rings;
@@ -37,7 +46,7 @@ struct ClusterSink {
   const AttendParams& p;
   Storage& shared;
   int rank;
-  int far;           // rows of the buffers in front of this CTA's
+  int num_queries;   // of the line
   bool met = false;  // all CTAs of the cluster are known to run
 
   __device__ __forceinline__ void meet() {
@@ -54,7 +63,7 @@ struct ClusterSink {
     } else if (!Storage::kFar || row - kKept < Storage::kNear) {
       *reinterpret_cast<float4*>(&shared.kept[row - kKept][d]) = o;
     } else {
-      decode90::store4<Traits>(p, false, far + row - kKept, d, o);
+      decode90::store4<Traits>(p, false, far_row(blockIdx.x, row - kKept, num_queries, Storage::kNear), d, o);
     }
   }
   __device__ __forceinline__ void store_lse(bool direct, int row, float lse) const {
@@ -67,7 +76,7 @@ struct ClusterSink {
     } else if (!Storage::kFar || row - kKept < Storage::kNear) {
       shared.kept_lse[row - kKept] = lse;
     } else {
-      decode90::store_lse(p, false, far + row - kKept, lse);
+      decode90::store_lse(p, false, far_row(blockIdx.x, row - kKept, num_queries, Storage::kNear), lse);
     }
   }
 };
@@ -133,13 +142,13 @@ __device__ __forceinline__ void merge_kept(const ClusterStorage<Traits, kN>& sha
     return rows.first_query(row_of(level)) + __shfl_sync(~0u, item.entry.y, level) * params.group + item.head_in_group;
   };
   const auto is_near = [](int query) { return !Storage::kFar || query < Storage::kNear; };
-  const auto far_row = [&](int rank, int query) {
-    return (kv_head * kClusterCtas + rank) * rows.num_queries() + query;
+  const auto far_in = [&](int rank, int query) {
+    return far_row(kv_head * kClusterCtas + rank, query, rows.num_queries(), Storage::kNear);
   };
   const auto lse_of = [&](int level) {
     const int query = query_of(level), rank = lane % kClusterCtas;
     if (!rows.is_in(row_of(level), rank) || level >= item.rows) return -INFINITY;
-    return is_near(query) ? *in_cta(&shared.kept_lse[query], rank) : p.partial_lse[far_row(rank, query)];
+    return is_near(query) ? *in_cta(&shared.kept_lse[query], rank) : p.partial_lse[far_in(rank, query)];
   };
   const float lse = lse_of(lane / kClusterCtas);
   const float lse_behind = item.rows > kLevels ? lse_of(kLevels + lane / kClusterCtas) : -INFINITY;
@@ -156,7 +165,7 @@ __device__ __forceinline__ void merge_kept(const ClusterStorage<Traits, kN>& sha
 #pragma unroll
     for (int rank = 0; rank < kClusterCtas; ++rank) {
       const float* from = is_near(query) ? in_cta(&shared.kept[query][0], rank)
-                                         : p.partial_o + int64_t{far_row(rank, query)} * Traits::kHeadDim;
+                                         : p.partial_o + int64_t{far_in(rank, query)} * Traits::kHeadDim;
       parts[rank] = in >> rank & 1 ? *reinterpret_cast<const float4*>(from + lane * 4 % Traits::kHeadDim)
                                    : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     }

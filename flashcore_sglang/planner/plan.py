@@ -172,7 +172,7 @@ class Plan:
     batch: int  # requests of the current plan, at most capacity.batch
     cut: bool = True  # whether rows of the current plan may be cut: if not, nothing is partial, nothing to be merged
     selections: int = 0  # runs of op select in a step, one for each layer that chooses its pages
-    selects_tiles: bool = False  # whether op select shortens tiles: top-p leaves rows without some of their pages
+    selects_tiles: bool = False  # whether op select shortens tiles (top-p): rows then say more than is to be read
     selecting: bool = False  # whether op select is the last thing launched, and may still write the page lists
 
     @classmethod

@@ -32,7 +32,6 @@ class Topk(Planner):
         super().__init__(options, capacity, device)
         self.summaries = summaries
         self.plan.selections = len(summaries.spec.selecting)
-        self.plan.selects_tiles = options.top_p < 1
         self.scores = torch.empty(
             (capacity.batch * capacity.num_kv_heads, summaries.spec.max_columns), dtype=torch.float32, device=device
         )
@@ -57,6 +56,7 @@ class Topk(Planner):
         if self._sparse and layer_id not in self.summaries.sparse:
             return self.dense_plan
         selects = self._sparse and layer_id in self.summaries.of_layer
+        self.plan.selects_tiles = self.options.top_p < 1
         self.plan.selecting = selects and not self.plan.selects_tiles
         if selects:
             self._select(layer_id, q, k_cache, q.shape[-1] ** -0.5 if sm_scale is None else sm_scale)
