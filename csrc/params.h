@@ -88,6 +88,10 @@ struct Plan {
   int32_t num_ctas;
   int32_t rows_per_tile;  // packed queries a tile holds at most
   int32_t max_pages, max_rows, max_row_tokens, max_tiles, max_merge, max_partials;
+
+  // Whether there is room for packed rows. Where the host knows that requests share nothing there is none, and only the
+  // entry that every buffer has.
+  constexpr bool may_pack() const { return max_row_tokens > 1; }
 };
 
 // From SGLang's req_to_token to a CSR page table. The slots of a page follow each other: page * page_size + offset.

@@ -67,7 +67,9 @@ class FlashcoreBackend(AttentionBackend):
         self.windows = tuple(sorted({_window(layer) for layer in layers})) or (NO_WINDOW,)
         self.features = _features(layers)
 
-        self.options = PlannerOptions.from_config(self.config, self.page_size, self.max_columns)
+        self.options = PlannerOptions.from_config(
+            self.config, self.page_size, self.max_columns, may_share=not args.disable_radix_cache
+        )
         self.summaries = self._make_summaries(layers) if self.options.policy is Policy.TOPK else None
         self.machine = variants.device_of(self.device, self.config.cpu_threads)
         self.graph_decode: Phase | None = None

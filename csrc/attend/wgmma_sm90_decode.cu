@@ -13,8 +13,10 @@
 //        tile, what is to know of the tile. 192 KB can be in flight to an SM, 128 KB where tiles hold 128 queries.
 //
 // Where no pages are shared a smaller kernel does the same (wgmma_sm90_decode_few.cuh): it starts 3 us earlier, its
-// merge 2 us. Steps of up to 32 packed queries are all its own. In others the plan decides, on the device: both are
-// launched, and this one, which comes first, leaves at once where it finds no packed row (1 us).
+// merge 2 us. Steps of up to 32 packed queries are all its own, and others where the host knows that nothing is shared.
+// Else the plan decides, on the device: both are launched, and this one, which comes first, leaves at once where it
+// finds no packed row (1 us). Steps of up to 16 packed queries and 8 KV heads have a kernel that merges by itself
+// (wgmma_sm90_decode_cluster.cuh).
 //
 // Tried on an H200 (32 query and 8 KV heads of 128, bf16, pages of 64; a plain read of 8 GB: 4.46 to 4.56 TB/s):
 // - Short tiles: 16 keys of every unit a warp, S^T = K Q^T with mma.sync. Not wgmma: the tensor cores idle either way,
@@ -209,7 +211,7 @@ int run_attend_wgmma_sm90_decode(const AttendParams& p) {
   }
   const Params params = make_params(p);
   if (fits_cluster(params)) return run_cluster(params);
-  if (are_few(params)) return run_few(params);
+  if (are_few(params) || are_alone(params)) return run_few(params);
   // Behind select (lists_begin) there is no room for two: the first one must not end before select does.
   const bool either = p.decode && p.lists_begin == 0 && has_short_strides(p);
   return either ? run_either(params) : run_many(params);

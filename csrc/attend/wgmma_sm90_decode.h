@@ -10,7 +10,7 @@ namespace flashcore::decode90 {
 Params make_params(const AttendParams&);
 
 cudaError_t run_many(const Params&);     // any plan
-cudaError_t run_few(const Params&);      // at most kFewQueries packed queries in all
+cudaError_t run_few(const Params&);      // at most kFewQueries packed queries in all, or a request
 cudaError_t run_cluster(const Params&);  // decode of few requests, merged: nothing is left for the merge
 cudaError_t run_either(const Params&);   // decode of any number: run_many where pages are shared, else run_few
 
@@ -19,6 +19,11 @@ inline bool are_few(const Params& params) {
   return params.attend.num_tokens * params.group <= kFewQueries && has_short_strides(params.attend);
 }
 
+// Decode of requests that have rows of their own only.
+inline bool are_alone(const Params& params) {
+  const AttendParams& p = params.attend;
+  return p.decode && !p.plan.may_pack() && params.group <= kFewQueries && has_short_strides(p);
+}
 bool fits_cluster(const Params&);  // whether run_cluster can run it, here
 
 }  // namespace flashcore::decode90

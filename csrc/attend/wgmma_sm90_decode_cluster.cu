@@ -61,7 +61,7 @@ auto dispatch(const Params& params, const F& f) {
 
 bool fits_cluster(const Params& params) {
   const AttendParams& p = params.attend;
-  const bool packs = p.plan.max_row_tokens > 1;
+  const bool packs = p.plan.may_pack();
   const int queries = p.num_tokens * params.group;
   const int most_queries = packs ? std::min(kShortQueries, p.plan.rows_per_tile) : kFewQueries;
   const int far_queries = packs ? queries * (kMaxLevels + 1) - near_queries(2) : 0;  // of the line, at most

@@ -31,7 +31,8 @@ cudaError_t launch(const FewParams& params) {
 // Two kernels instead of branches: the code that runs is to be short and in one piece.
 template <typename T, int kHeadDim>
 cudaError_t dispatch_queries(const FewParams& params) {
-  const int tokens = params.serves == Serves::all ? params.attend.num_tokens : 1;  // of a row at most
+  const bool packed = params.serves == Serves::all && (params.attend.plan.may_pack() || !params.attend.decode);
+  const int tokens = packed ? params.attend.num_tokens : 1;  // of a row at most
   return tokens * params.group <= 8 ? launch<T, kHeadDim, 1>(params) : launch<T, kHeadDim, 2>(params);
 }
 

@@ -27,9 +27,15 @@ def flashcore_call(
     v: torch.Tensor,
     table: torch.Tensor,
     lens: torch.Tensor,
+    share: bool = True,
 ) -> peers.Call:
-    """Plans the case and returns the run, which can be captured; arguments as those of ``peers.DECODE``."""
+    """Plans the case and returns the run, which can be captured; arguments as those of ``peers.DECODE``.
+
+    ``share``: requests are looked through for pages that they share, as by default.
+    """
     attention = PagedAttention(device=q.device)
+    if not share:
+        attention._config = attention._config.model_copy(update={"share_prefixes": False})
     indptr, indices, last = case.csr(table, lens)
     h = case.heads
     qo_indptr = torch.arange(case.batch + 1, dtype=torch.int32, device=q.device)
@@ -98,6 +104,9 @@ def _run(
     }
     for variant in variants:
         calls[backend(variant)] = flashcore_call(case, variant, q, k, v, table, lens)
+    if "auto" in variants and case.batch > 1 and case.unique_bytes == case.dense_bytes:
+        # What it saves to know that nothing is shared.
+        calls[backend("unshared")] = flashcore_call(case, "auto", q, k, v, table, lens, share=False)
     return compare(
         results,
         case.name,

@@ -48,8 +48,13 @@ class PlannerOptions:
     split_keys: int = 0
 
     @classmethod
-    def from_config(cls, config: Config, page_size: int, max_columns: int = 0) -> PlannerOptions:
-        """``config`` counts tokens; pages are rounded up. Requests have ``max_columns`` pages at most."""
+    def from_config(
+        cls, config: Config, page_size: int, max_columns: int = 0, *, may_share: bool = True
+    ) -> PlannerOptions:
+        """``config`` counts tokens; pages are rounded up. Requests have ``max_columns`` pages at most.
+
+        ``may_share``: whether two requests can have a page in common at all. Looking for some takes time.
+        """
         sink, recent, budget = config.pages(page_size)
         return cls(
             policy=Policy[config.policy.upper()],
@@ -62,7 +67,7 @@ class PlannerOptions:
             std_weight=config.std_weight,
             group_reduction=GroupReduction[config.group_reduction.upper()],
             top_p=config.top_p,
-            share=config.share_prefixes and not config.deterministic,
+            share=config.share_prefixes and may_share and not config.deterministic,
             split_keys=config.split_keys if config.deterministic else 0,
         )
 
