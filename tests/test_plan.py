@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from plan_oracle import Batch, PlanView, check_plan
 
-from flashcore_sglang import ops
+from flashcore_sglang import config, ops
 from flashcore_sglang.planner import Capacity, Count, Plan, PlannerOptions, Policy, make_planner
 
 
@@ -241,3 +241,9 @@ def test_cuda_plans_as_the_cpu_does(name: str) -> None:
     check_plan(on_gpu, batch)
     for a, b in zip(used_parts(on_gpu, batch), used_parts(batch.plan(), batch), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("may_share", [True, False])
+def test_nobody_looks_for_pages_that_cannot_be_shared(may_share: bool) -> None:
+    options = PlannerOptions.from_config(config.Config(), 64, may_share=may_share)
+    assert options.share == may_share
