@@ -129,6 +129,8 @@ SMALL_STEPS = [
     decode("packed, 8 queries", 3300, 3201, shared_pages=50, **HEADS),
     decode("packed, 16 queries", 1700, 1666, 1665, 2222, shared_pages=26, **HEADS),
     decode("packed, 16 requests", *range(1665, 1681), shared_pages=26, **HEADS | {"num_heads": 8}),
+    # A row whose piece ends beside a window of page ids, in front of a row of several windows in the same CTA.
+    decode("ids behind a tile", 7203, 4141, 4939, **HEADS | {"num_heads": 8, "head_dim": 64, "page_size": 32}),
     decode("packed, no keys behind", 1664, 1664, 1700, shared_pages=26, **HEADS),
 ]
 

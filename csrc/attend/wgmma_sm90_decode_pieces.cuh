@@ -75,7 +75,8 @@ class PieceLoader {
     const AttendParams& p = params_.attend;
     const int page_shift = params_.page_shift;
     const int key = key_ + warp_ * kWarpKeys;
-    if (key >> page_shift >= ids_begin_ + 32) take_ids();
+    // Behind the tile's keys there is nothing to look up, and the ids that come next are the next tile's.
+    if (key < kv_end_ && key >> page_shift >= ids_begin_ + 32) take_ids();
     const int row = lane_ / kRowLanes, chunk = lane_ % kRowLanes;
     const int page = __shfl_sync(~0u, ids_, (key >> page_shift) - ids_begin_);
     const int token = (key & ((1 << page_shift) - 1)) + row;
