@@ -60,12 +60,7 @@ __global__ void __cluster_dims__(kClusterCtas, 1, 1) __launch_bounds__(kClusterT
   for (int i = range.begin; i < range.end; ++i) {
     const Tile tile = rows.tile(i, params.group);
     if (tile.kv_begin == tile.kv_end) {
-      const int queries = tile.q_count * params.group;
-      const PackedQuery query = packed_query(params, tile, min(lane, queries - 1));
-      sink.meet();
-      for (int m = warp; m < queries; m += kClusterWarps) {
-        store_empty<Traits>(sink, tile.partial < 0, __shfl_sync(~0u, query.out_row, m), lane);
-      }
+      attend_none<Traits>(params, tile, sink, warp, lane);
       continue;
     }
     if (kN == 1 || tile.q_count * params.group <= 8) {

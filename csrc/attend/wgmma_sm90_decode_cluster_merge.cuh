@@ -81,12 +81,13 @@ struct ClusterSink {
   }
 };
 
-// out = sum(w_n o_n) / sum(w_n), w_n = 2^(lse_n - max lse), over the CTAs of the cluster; one warp. Lane l < 8 and
-// those with the same l % 8 hold the LSE of CTA l % 8, -inf where it has none.
+// out = sum(w_n o_n) / sum(w_n), w_n = 2^(lse_n - max lse), over the CTAs of the cluster; one warp, four channels a
+// lane.
 struct MergeSum {
   float sum = 0.0f;
   float4 o = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 
+  // The results of all CTAs; lane first_lane + rank holds the weight of CTA `rank`, 0 where it has none.
   __device__ __forceinline__ void add(float weights, int first_lane, const float4 (&parts)[kClusterCtas]) {
 #pragma unroll
     for (int rank = 0; rank < kClusterCtas; ++rank) {

@@ -51,11 +51,7 @@ __global__ void __maxnreg__(216) attend_few_kernel(const __grid_constant__ FewPa
   for (int i = range.begin; i < range.end; ++i) {
     const Tile tile = tiles.tile(i);
     if (tile.kv_begin == tile.kv_end) {
-      const int queries = tile.q_count * params.group;
-      const PackedQuery query = packed_query(params, tile, min(lane, queries - 1));
-      for (int m = warp; m < queries; m += kConsumerWarps) {
-        store_empty<Traits>(sink, tile.partial < 0, __shfl_sync(~0u, query.out_row, m), lane);
-      }
+      attend_none<Traits>(params, tile, sink, warp, lane);
       continue;
     }
     attend_few<Traits, kN, (kN > 1)>(rings, params, tile, loader, loaded, slot, sink, warp, lane);

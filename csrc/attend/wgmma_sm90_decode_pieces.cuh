@@ -153,6 +153,17 @@ __device__ __forceinline__ PackedQuery packed_query(const FewParams& params, con
   return {params.attend, tile, first_head, m / params.by_group, m % params.by_group, m};
 }
 
+// A tile without keys.
+template <typename Traits, typename Sink>
+__device__ __forceinline__ void attend_none(const FewParams& params, const Tile& tile, Sink& sink, int warp, int lane) {
+  const int queries = tile.q_count * params.group;
+  const PackedQuery query = packed_query(params, tile, min(lane, queries - 1));
+  sink.meet();
+  for (int m = warp; m < queries; m += Traits::kWarps) {
+    store_empty<Traits>(sink, tile.partial < 0, __shfl_sync(~0u, query.out_row, m), lane);
+  }
+}
+
 // A tile of at least one key and at most 8 * kN queries: a warp takes the keys it has loaded. Or, kTeams, of twice as
 // many queries: all warps wait for a step's keys, and each takes its team's share of them. `slot` is where the loader
 // goes on; `sink` takes the rows.

@@ -1,10 +1,10 @@
 // Stand-alone check and timing of the Hopper decode kernel: plans on the host, kernel and merge on the GPU, against a
 // double-precision reference. Build (from the repository root):
 //   nvcc -std=c++20 -O3 -gencode arch=compute_90a,code=sm_90a --expt-relaxed-constexpr -cudart static -I csrc
-//        scripts/bench/gpu_decode_test.cu csrc/attend/{wgmma_sm90_decode,wgmma_sm90_decode_few,merge}.cu
+//        scripts/bench/gpu_decode_test.cu csrc/attend/{wgmma_sm90_decode{,_few,_cluster},merge}.cu
 //        csrc/plan/plan_cpu.cpp -o gpu_decode_test
 // Run: gpu_decode_test check [filter] [--repeat N] | gpu_decode_test time [filter] [--ctas N]... [--rows N]
-// Steps of few queries are checked and timed with both kernels, `few` and `many`.
+// Steps that two kernels can run are checked and timed with both: `cluster` and `few`, `few` and `many`.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
