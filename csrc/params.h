@@ -20,7 +20,7 @@ constexpr int kSplitUnit = 64;
 struct alignas(16) Row {
   int32_t q_begin;      // first query token, or offset into row_tokens when kPacked
   int32_t q_count;      // query tokens, at most rows_per_tile / group
-  int32_t flags;        // kPacked, kSole
+  int32_t flags;        // kPacked, kSole, kAlike
   int32_t page_begin;   // offset into kv_indices of the row's first page
   int32_t head_stride;  // pages from one KV head's list to the next one's; 0: all heads read the same list
   int32_t kv_len;       // keys
@@ -29,6 +29,7 @@ struct alignas(16) Row {
 };
 constexpr int32_t kPacked = 1;  // tokens come from row_tokens: requests that share pages
 constexpr int32_t kSole = 2;    // every token of the row is in no other row
+constexpr int32_t kAlike = 4;   // packed, and cut as the other rows that read the same keys
 
 // Keys [kv_begin, kv_end) of one row for one KV head. What a kernel needs of the row stands here once more, so that it
 // is one load away from the page ids and the queries.
@@ -134,10 +135,15 @@ struct PlanParams {
   int32_t causal, window_left;  // window_left < 0: off
   Policy policy;                // window and topk apply to requests of one query token only
   SparseRows sparse;
-  int32_t share;       // find shared prefixes, to be packed or scored together (requests of one query token only)
+  int32_t share;  // find shared prefixes, to be packed or scored together (requests of one query token only)
+  int32_t
+      pack_keys;  // packed rows must save so many keys of a KV head for each query of one of them, or there are none
   int32_t split_keys;  // 0: balance tiles over the CTAs; else cut every row each split_keys keys, whatever the batch
   void* stream;
 };
+
+// Plans of which a kernel leaves partial results: all, those with packed rows, or none, since it merges by itself.
+enum class Merges : int32_t { all, packed, none };
 
 struct AttendParams {
   Plan plan;
@@ -162,6 +168,7 @@ struct AttendParams {
   int32_t fp32_scores;             // what the scores are kept in, else fp16; cublaslt only
   int32_t lists_begin;             // kv_indices from here on are written by select, launched just before; 0: none
   int32_t free_cuts;               // 1: rows say all that is to be read, and may be cut otherwise than into the tiles
+  Merges merges;                   // which plans leave partial results for the merge
   int32_t num_sms;
   void* stream;
 };
@@ -226,7 +233,7 @@ int run_select_cpu(const SelectParams&);
 // attend, one function a variant; merge combines the partials of a token in the order of merge_rows.
 int run_attend_wmma_sm80(const AttendParams&);
 int run_attend_wgmma_sm90_decode(const AttendParams&);
-int wgmma_sm90_decode_leaves_partials(const AttendParams&);  // 0: it has merged them itself
+int wgmma_sm90_decode_merges(const AttendParams&);  // a Merges
 int run_attend_wgmma_sm90_prefill(const AttendParams&);
 int run_attend_cublaslt(const AttendParams&);
 int run_attend_cpu(const AttendParams&);

@@ -292,6 +292,7 @@ class FlashcoreBackend(AttentionBackend):
             rows_per_tile=choice.tiling.rows_per_tile,
             num_ctas=choice.num_ctas,
             pairs_per_cta=choice.tiling.pairs_per_cta,
+            pack_keys=choice.tiling.pack_keys,
             page_size=self.page_size,
             split_keys=self.options.split_keys,
         )

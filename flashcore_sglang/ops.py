@@ -119,6 +119,7 @@ def plan(
     policy: int,
     sparse: SparseRows,
     share: bool,
+    pack_keys: int = 0,
     split_keys: int,
 ) -> None:
     """Writes rows, tiles, CTA ranges and merge lists from the CSR page table in ``plan``.
@@ -135,6 +136,7 @@ def plan(
         policy: a ``Policy``.
         sparse: what the rows of policies window and topk read.
         share: pack requests that share pages; topk: find pages that can be scored for several requests at once.
+        pack_keys: packed rows must save so many keys of a KV head for each query of one of them, or there are none.
         split_keys: 0, or the fixed length of a tile in keys.
     """
     library().plan(
@@ -152,6 +154,7 @@ def plan(
         policy,
         *sparse,
         share,
+        pack_keys,
         split_keys,
     )
 

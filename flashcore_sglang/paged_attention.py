@@ -300,6 +300,7 @@ class PagedAttention:
             page_size=shape.page_size,
             split_keys=options.split_keys,
             pairs_per_cta=choice.tiling.pairs_per_cta,
+            pack_keys=choice.tiling.pack_keys,
         )
         return _Layout(shape.num_qo_heads, shape.head_dim, dtype, options, capacity, choice)
 

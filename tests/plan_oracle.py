@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from dataclasses import dataclass, field
 from fractions import Fraction
 
@@ -16,7 +17,8 @@ import torch
 from flashcore_sglang import ops
 from flashcore_sglang.planner.plan import SPLIT_UNIT, Capacity, Count, Plan, Policy
 
-PACKED, SOLE = 1, 2
+PACKED, SOLE, ALIKE = 1, 2, 4
+FEW_PACKED = 32  # queries of a packed row that is cut like any other
 MIN_UNITS, BASE_COST, SLACK_SHARE, SLACK_UNITS = 2, 4, 16, 4  # csrc/plan/schedule.h
 
 
@@ -40,6 +42,7 @@ class Batch:
     budget_pages: int = 5
     budget_share: int = 0  # 65536ths of a request's pages
     share: bool = True
+    pack_keys: int = 0
     split_keys: int = 0
 
     def __post_init__(self) -> None:
@@ -129,6 +132,7 @@ class Batch:
             policy=int(self.policy),
             sparse=self.sparse_rows(c.pages),
             share=self.share,
+            pack_keys=self.pack_keys,
             split_keys=self.split_keys,
         )
 
@@ -302,8 +306,12 @@ def check_tiles(view: PlanView, batch: Batch, capacity: Capacity) -> None:
 def check_packed_cuts(view: PlanView, batch: Batch) -> None:
     """Rows that read the same keys are cut alike, so that they can read them together."""
     cuts: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    readers = Counter((row.page_begin, row.kv_len) for row in view.rows if row.flags & PACKED)
     for i, row in enumerate(view.rows):
-        if batch.split_keys or not row.flags & PACKED:
+        if row.flags & PACKED:
+            alone = readers[row.page_begin, row.kv_len] == 1
+            assert bool(row.flags & ALIKE) == (not alone or len(row.tokens) * batch.group > FEW_PACKED)
+        if not row.flags & ALIKE:
             continue
         for pair in range(i * batch.num_kv_heads, (i + 1) * batch.num_kv_heads):
             tiles = view.tiles[view.tile_indptr[pair] : view.tile_indptr[pair + 1]]
@@ -325,8 +333,8 @@ def check_ctas(view: PlanView, batch: Batch) -> None:
     costs, weights = [], []
     for pair, begin, end, *_ in view.tiles:
         weight = unit_cost(len(view.rows[pair // batch.num_kv_heads].tokens) * batch.group)
-        packed_row = bool(view.rows[pair // batch.num_kv_heads].flags & PACKED)
-        weights.append(weight * (-(-(end - begin) // SPLIT_UNIT) if packed_row else 1))  # packed rows stay whole tiles
+        alike = bool(view.rows[pair // batch.num_kv_heads].flags & ALIKE)
+        weights.append(weight * (-(-(end - begin) // SPLIT_UNIT) if alike else 1))  # they stay whole tiles
         costs.append(max(1, -(-(end - begin) // SPLIT_UNIT)) * weight)
     # The line also holds one unit of start-up for each pair.
     total = sum(costs) + sum(unit_cost(len(row.tokens) * batch.group) for row in view.rows) * batch.num_kv_heads

@@ -30,7 +30,7 @@ def test_plan() -> None:
     plan = kit.make_plan(make(decode("decode", 40, 3)))
     c = plan.capacity
     sizes = (2, c.num_kv_heads, c.group, c.page_size, c.num_pages, c.rows_per_tile, c.max_partials)
-    args = (plan.tensors(), plan.scratch, *sizes, True, -1, 0, 0, 1, 0, 0, 0, c.pages, True, 0)
+    args = (plan.tensors(), plan.scratch, *sizes, True, -1, 0, 0, 1, 0, 0, 0, c.pages, True, 0, 0)
     torch.library.opcheck(ops.library().plan.default, args, test_utils=CHECKS)
 
 

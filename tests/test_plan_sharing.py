@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from plan_oracle import PACKED, Batch, check_plan
+from plan_oracle import ALIKE, PACKED, Batch, check_plan
 from test_plan import used_parts
 
 from flashcore_sglang import ops, reference, variants
@@ -111,6 +111,51 @@ def test_break_even_of_eight_requests(prefix: int, packed: bool) -> None:
     batch = from_tree([Node(prefix, leaves(8, 2000))], 64, **HOPPER)
     view = check_plan(batch.plan(), batch)
     assert bool(view.counts[Count.ROWS_PACKED]) == packed
+
+
+# 5120 keys for each of 32 packed queries: 7 x 8 KV heads x 2926 keys.
+@pytest.mark.parametrize("prefix, packed", [(2880, False), (2944, True)])
+def test_break_even_of_all_packed_rows(prefix: int, packed: bool) -> None:
+    batch = from_tree([Node(prefix, leaves(8, 2000))], 64, pack_keys=5120, **HOPPER)
+    view = check_plan(batch.plan(), batch)
+    assert bool(view.counts[Count.ROWS_PACKED]) == packed
+
+
+def test_prefixes_pay_together() -> None:
+    """What packing costs once is made up for by the rows of all nodes; their queries count as a row has them."""
+    packed = [
+        check_plan(batch.plan(), batch).counts[Count.ROWS_PACKED]
+        for groups in (1, 2)
+        for batch in [from_tree([Node(2048, leaves(8, 100))] * groups, 64, pack_keys=5120, **HOPPER)]
+    ]
+    assert packed == [0, 2]
+
+
+# A prefix of `units` of 64 keys, one row for 8 KV heads and 132 CTAs; 16 requests of 4 query heads, `own` units each.
+@pytest.mark.parametrize(
+    "units, own, longest",
+    [
+        pytest.param(64, 1, 4, id="no shorter than a 16th of the queries"),
+        pytest.param(128, 4, 10, id="as long as a CTA's share"),
+        pytest.param(128, 64, 32, id="no longer than 32"),
+        pytest.param(512, 1, 32, id="one for each CTA"),
+    ],
+)
+def test_packed_tiles_are_as_long_as_a_share(units: int, own: int, longest: int) -> None:
+    batch = from_tree([Node(64 * units, leaves(16, 64 * own))], 64, **HOPPER)
+    view = check_plan(batch.plan(), batch)
+    tiles = view.tiles[view.tile_indptr[0] : view.tile_indptr[1]]
+    assert max(tile[2] - tile[1] for tile in tiles) == 64 * longest
+
+
+def test_packed_rows_of_few_queries_are_cut_by_shares() -> None:
+    batch = from_tree([Node(32768, leaves(8, 100))], 64, **HOPPER)
+    view = check_plan(batch.plan(), batch)
+    rows = [row for row in view.rows if row.flags & PACKED]
+    assert len(rows) == 1
+    assert not rows[0].flags & ALIKE
+    cuts = {tile[1] for pair in range(8) for tile in view.tiles[view.tile_indptr[pair] : view.tile_indptr[pair + 1]]}
+    assert len(cuts) > 132 // 8  # another place in each pair
 
 
 def test_a_small_common_start_does_not_hide_documents() -> None:
@@ -240,6 +285,7 @@ def tables(draw: st.DrawFn) -> Batch:
         num_ctas=rng.randrange(1, 12),
         q_lens=[1 if rng.random() < 0.9 else min(2, n) for n in batch.kv_lens],
         policy=rng.choice([Policy.EXACT, Policy.EXACT, Policy.WINDOW]),
+        pack_keys=rng.choice([0, 0, 1000, 10_000]),
     )
 
 

@@ -17,25 +17,58 @@ namespace flashcore {
 struct RequestSum {
   int32_t node_rows, node_tokens, own_rows, merge_entries;
   int32_t node_units, own_units;  // of one KV head
+  int32_t saved_units;            // that requests would read for themselves
 
   FLASHCORE_HD RequestSum operator+(const RequestSum& other) const {
     return {node_rows + other.node_rows,         node_tokens + other.node_tokens, own_rows + other.own_rows,
-            merge_entries + other.merge_entries, node_units + other.node_units,   own_units + other.own_units};
+            merge_entries + other.merge_entries, node_units + other.node_units,   own_units + other.own_units,
+            saved_units + other.saved_units};
   }
 };
 
-// How many tiles packed rows are cut into, all rows together: one for each CTA. But half of the CTAs of the Hopper
-// kernel begin with the short tiles, and where these come to an end while the others are in their second packed tile,
-// half the machine would have nothing left to do: then smaller tiles make up for the partial results that they add.
-// That is so where the requests' own keys are between 3/8 and 7/4 of the packed rows'. (An H200, 32 query and 8 KV
-// heads, 512 requests over 4 prefixes of 8192 keys with 128, 256 and 384 keys of their own: 247 to 223, 309 to 265 and
-// 310 to 304 us; with fewer or more own keys up to 25 % slower. scripts/bench/NOTES.md has the table.)
-FLASHCORE_HD int32_t packed_tiles(const PlanJob& p, const RequestSum& sum) {
-  const int64_t own = 8 * int64_t{sum.own_units}, packed = sum.node_units;  // compared in eighths of the packed
-  const bool finer = own >= 3 * packed && own < 14 * packed;
-  const int32_t more = !finer ? 0 : own < 7 * packed ? p.plan.num_ctas / 2 : p.plan.num_ctas;
-  return p.plan.num_ctas + more;
+// Whether packed rows save enough, all together. What they save is mostly read from L2, where it is after the first
+// request has read it; what they cost does not depend on their keys, but on the queries of a row.
+FLASHCORE_HD bool packing_pays(const PlanJob& p, const RequestSum& sum) {
+  const int64_t saved = int64_t{sum.saved_units} * kSplitUnit * p.num_kv_heads;
+  const int64_t queries = int64_t{sum.node_tokens} * p.group;  // of all packed rows
+  return saved * sum.node_rows >= p.pack_keys * queries;
 }
+
+// How many tiles a pair of a packed row is cut into.
+//
+// So many that none takes longer than a CTA's share of all work, or is long, as far as there is a CTA for each; but
+// none shorter than a 16th of its queries in units, since each writes a partial result of all of them.
+//
+// Long tiles may be more than the CTAs. Half of these begin with the short tiles in the Hopper kernel, and where these
+// come to an end while the others are in their second packed tile, half the machine would have nothing left to do. That
+// is so where the requests' own keys are between 3/8 and 7/4 of the packed rows'. (An H200, 32 query and 8 KV heads,
+// 512 requests over 4 prefixes of 8192 keys with 128, 256 and 384 keys of their own: 247 to 223, 309 to 265 and 310 to
+// 304 us; with fewer or more own keys up to 25 % slower. scripts/bench/NOTES.md has the tables.)
+struct PackedPieces {
+  int32_t shortest = kLongPackedUnits;
+  int32_t most = 0, most_long = 0;
+
+  PackedPieces() = default;
+  FLASHCORE_HD PackedPieces(const PlanJob& p, const RequestSum& sum) {
+    const int32_t ctas = p.plan.num_ctas, pairs = sum.node_rows * p.num_kv_heads;
+    const int32_t queries = sum.node_tokens * p.group / sum.node_rows;  // of a row, in the mean
+    const int32_t cost = unit_cost(queries);
+    const int64_t all = int64_t{sum.node_units} * cost + int64_t{sum.own_units} * kBaseCost;
+    const int64_t fair = divide(divide(all * p.num_kv_heads, ctas), cost);
+    const int32_t least = queries / kPartQueries > kLeastPackedUnits ? queries / kPartQueries : kLeastPackedUnits;
+    if (fair < kLongPackedUnits) shortest = fair > least ? static_cast<int32_t>(fair) : least;
+    const int64_t own = 8 * int64_t{sum.own_units}, packed = sum.node_units;  // compared in eighths of the packed
+    const bool finer = own >= 3 * packed && own < 14 * packed;
+    const int32_t more = !finer ? 0 : own < 7 * packed ? ctas / 2 : ctas;
+    most = ctas / pairs;
+    most_long = (ctas + more) / pairs;
+  }
+  FLASHCORE_HD int32_t of(int32_t units) const {
+    const int32_t enough = ceil_div(units, shortest), enough_long = ceil_div(units, kLongPackedUnits);
+    const int32_t pieces = most < enough ? most : enough, longer = most_long < enough_long ? most_long : enough_long;
+    return pieces > longer ? pieces : longer;
+  }
+};
 
 // What a cut adds to the plan.
 struct CutSum {
@@ -75,17 +108,18 @@ struct RowSum {
 // How the pairs of a row are cut without regard to the line: every split_units units.
 //
 // In deterministic mode: requests of one token (others are short). Else: packed rows, so that those of a node, which
-// read the same keys, are cut alike and can read them together; in no more than `most` tiles a pair, none short.
+// read the same keys, are cut alike and can read them together (kAlike).
 struct FixedCuts {
   int32_t split_units, tiles;
 
-  FLASHCORE_HD FixedCuts(const PlanJob& p, const Row& row, int32_t units, int32_t most) : split_units(units), tiles(1) {
+  FLASHCORE_HD FixedCuts(const PlanJob& p, const Row& row, int32_t units, const PackedPieces& packed)
+      : split_units(units), tiles(1) {
     if (p.split_keys > 0) {
       if (p.plan.qo_indptr[row.request + 1] - p.plan.qo_indptr[row.request] != 1) return;
       split_units = p.split_keys / kSplitUnit;
-    } else if (row.flags & kPacked) {
-      const int32_t enough = ceil_div(units, kMinPackedUnits);
-      if (most > 1) split_units = ceil_div(units, most < enough ? most : enough);
+    } else if (row.flags & kAlike) {
+      const int32_t pieces = packed.of(units);
+      if (pieces > 1) split_units = ceil_div(units, pieces);
     }
     if (split_units < units) tiles = ceil_div(units, split_units);
   }
@@ -120,7 +154,9 @@ struct RequestRows {
 
 // What there is of everything; nothing of a batch that does not fit.
 struct Totals {
-  int32_t rows = 0, packed_rows = 0, packed_pieces = 0, uncut = 0, cuts = 0, partials = 0, pages = 0;
+  int32_t rows = 0, packed_rows = 0, uncut = 0, cuts = 0, partials = 0, pages = 0;
+  PackedPieces packed_pieces;
+  bool share = false;  // whether there are packed rows
   bool fits = false;
 
   FLASHCORE_HD int32_t tiles() const { return uncut + cuts; }
@@ -136,19 +172,23 @@ class Builder {
   const Found& found;
   const Sums& s;
   Team& team;
-  const bool share;
   Totals total;
 
  public:
   FLASHCORE_TEAM Builder(const PlanJob& job, const Found& found, const Sums& sums, Team& team)
-      : p(job), found(found), s(sums), team(team), share(shares_pages(job)) {}
+      : p(job), found(found), s(sums), team(team) {}
 
   FLASHCORE_TEAM Totals build() {
     const Plan& plan = p.plan;
     const bool fits = batch_fits(p);
-    const RequestSum whole = place_requests();
+    total.share = shares_pages(p);
+    RequestSum whole = place_requests();
+    if (total.share && !packing_pays(p, whole)) {
+      total.share = false;
+      whole = place_requests();
+    }
     total.packed_rows = whole.node_rows;
-    if (whole.node_rows > 0) total.packed_pieces = packed_tiles(p, whole) / (whole.node_rows * p.num_kv_heads);
+    if (whole.node_rows > 0) total.packed_pieces = PackedPieces(p, whole);
     total.rows = whole.node_rows + whole.own_rows;
     if (!fits || total.rows > s.max_rows || whole.node_tokens > plan.max_row_tokens ||
         whole.merge_entries > plan.max_merge) {
@@ -167,6 +207,7 @@ class Builder {
 
  private:
   FLASHCORE_TEAM RequestSum place_requests() {
+    const bool share = total.share;
     RequestSum nodes[kMaxLevels] = {};
     return team.template scan<RequestSum>(
         p.batch + 1,
@@ -177,11 +218,12 @@ class Builder {
             links[level] = found.chain[r * kMaxLevels + level];
           }
           const RequestRows rows(p, found, share, r);
-          RequestSum sum = {0, 0, rows.own_rows(p), rows.merge_entries(p), 0, rows.own_units()};
+          RequestSum sum = {0, 0, rows.own_rows(p), rows.merge_entries(p), 0, rows.own_units(), 0};
           for (int32_t level = 0; share && level < kMaxLevels; ++level) {
             const int32_t members = links[level].members, node_rows = NodeRows(p, members).rows;
             const int32_t columns = links[level].end - (level > 0 ? links[level - 1].end : 0);
-            nodes[level] = {node_rows, members, 0, 0, node_rows * units_of(columns * p.page_size), 0};
+            const int32_t units = members > 0 ? units_of(columns * p.page_size) : 0;
+            nodes[level] = {node_rows, members, 0, 0, node_rows * units, 0, (members - 1) * units};
             sum = sum + nodes[level];
           }
           return sum;
@@ -240,14 +282,16 @@ class Builder {
   FLASHCORE_TEAM Row node_row(int32_t node, int32_t i) const {
     const int32_t owner = node / kMaxLevels;
     const int32_t begin = node % kMaxLevels > 0 ? found.chain[node - 1].end : 0;
-    const NodeRows rows(p, found.chain[node].members);
+    const int32_t members = found.chain[node].members;
+    const NodeRows rows(p, members);
+    const bool alike = rows.rows > 1 || members * p.group > kFewPacked;
     return dense_row(p, request_of(p, owner), owner, s.node_token[node] + rows.first(i),
                      rows.first(i + 1) - rows.first(i), begin * p.page_size, found.chain[node].end * p.page_size,
-                     kPacked);
+                     alike ? kPacked | kAlike : kPacked);
   }
 
   FLASHCORE_TEAM Row request_row(int32_t r, int32_t i) const {
-    const RequestRows rows(p, found, share, r);
+    const RequestRows rows(p, found, total.share, r);
     const Request& request = rows.request;
     if (is_sparse(p, request)) return sparse_row(p, request, r);
     if (rows.levels > 0) return dense_row(p, request, r, request.q_begin, 1, rows.packed_end, request.kv_len, 0);
@@ -278,7 +322,7 @@ class Builder {
     const int32_t in_pair = static_cast<int32_t>(in_row - head * work.total());
     const int32_t unit = ceil_div(in_pair, work.cost);  // the first one at or after the start of the stretch
     const int32_t tile = s.row_tiles[i] + head * fixed.tiles;
-    if (p.split_keys > 0 || i < total.packed_rows) {
+    if (p.split_keys > 0 || row.flags & kAlike) {
       const int32_t k = ceil_div(unit, fixed.split_units);
       return {.tile = tile + (k < fixed.tiles ? k : fixed.tiles)};
     }

@@ -43,7 +43,7 @@ __device__ T warp_scan(T value) {
 
 // The threads of one CTA, whole warps of them. All of them call together.
 struct Cta {
-  static constexpr int kSumBytes = 24;  // of the largest T that is summed
+  static constexpr int kSumBytes = 32;  // of the largest T that is summed
   struct Shared {
     alignas(16) unsigned char sums[2][kWarp * kSumBytes];
   };

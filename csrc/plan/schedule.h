@@ -125,8 +125,15 @@ FLASHCORE_HD Row sparse_row(const PlanJob& p, const Request& request, int32_t r)
 constexpr int32_t kBaseCost = 4;
 FLASHCORE_HD int32_t unit_cost(int32_t packed) { return packed <= 16 ? kBaseCost : kBaseCost + packed / 32; }
 
-// Tiles of packed rows are not cut shorter than this many units: each writes a partial result of all its queries.
-constexpr int32_t kMinPackedUnits = 32;
+// A packed row of so many queries at most is cut like any other, if it is the only one of its node: its partial results
+// are few.
+constexpr int32_t kFewPacked = 32;
+
+// Tiles of packed rows are not cut shorter than this many units, since each writes a partial result of all its queries:
+// a 16th of these, where that leaves CTAs without a tile; or else what is long.
+constexpr int32_t kLeastPackedUnits = 4;
+constexpr int32_t kPartQueries = 16;
+constexpr int32_t kLongPackedUnits = 32;
 
 // A CTA gets this many units at least, as long as others would otherwise get less: shorter tiles cost more to merge
 // than they save.

@@ -10,10 +10,9 @@ struct Writer {
   const Found& found;
   const Sums& s;
   const Totals& total;
-  const bool share;
 
   FLASHCORE_TEAM Writer(const PlanJob& job, const Found& found, const Sums& sums, const Totals& totals)
-      : p(job), found(found), s(sums), total(totals), share(shares_pages(job)) {}
+      : p(job), found(found), s(sums), total(totals) {}
 
   // Calls each(n, f) with the number of items of every kind and what writes the i-th of them.
   template <class Each>
@@ -42,7 +41,7 @@ struct Writer {
       return;
     }
     const int32_t r = request_of_token(t);
-    const RequestRows rows(p, found, share, r);
+    const RequestRows rows(p, found, total.share, r);
     const Request& request = rows.request;
     const int32_t i = t - request.q_begin, row = total.packed_rows + s.request_row[r];
     int32_t entry = s.request_merge[r] + i * (request.q_len > 1);

@@ -27,7 +27,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="flashcore bench", description=__doc__)
     commands = parser.add_subparsers(dest="what", required=True)
     for name, suites, known in (
-        ("decode", "quick grid shapes shared", "fa3 flashinfer flashinfer_cascade"),
+        ("decode", "quick grid shapes shared prompts", "fa3 flashinfer flashinfer_cascade"),
         ("prefill", "quick dense chunked", "fa3 fa3_paged flashinfer cudnn fa2"),
     ):
         kernel = commands.add_parser(name, help=f"{name} kernels (needs a GPU)")

@@ -158,6 +158,9 @@ class PrefillCase:
         return self.flops / self.unique_bytes
 
 
+_LLAMA = Heads(32, 8)
+
+
 def _grid() -> list[DecodeCase]:
     limit = 100 << 30
     cases = [
@@ -199,6 +202,24 @@ def _shared() -> list[DecodeCase]:
     ]
 
 
+def _prompts() -> list[DecodeCase]:
+    """System prompts, on a GPU alone and on one of eight: where to read again and where to read once is faster."""
+    return [
+        DecodeCase(levels=((1, prefix), (batch, own)), heads=heads)
+        for heads in (_LLAMA, Heads(8, 1))
+        for batch, prefix, own in (
+            (4, 4096, 256),
+            (8, 1024, 1024),
+            (8, 4096, 2048),
+            (16, 1024, 256),
+            (16, 4096, 2048),
+            (32, 2048, 256),
+            (64, 1024, 256),
+            (64, 16384, 256),
+        )
+    ]
+
+
 DECODE_SUITES: dict[str, list[DecodeCase]] = {
     "quick": [
         DecodeCase(levels=((1, 8192),)),
@@ -209,9 +230,9 @@ DECODE_SUITES: dict[str, list[DecodeCase]] = {
     "grid": _grid(),
     "shapes": _shapes(),
     "shared": _shared(),
+    "prompts": _prompts(),
 }
 
-_LLAMA = Heads(32, 8)
 # What this project's predecessor was held to, in speed and in its difference to PyTorch's SDPA.
 GATE = [PrefillCase(16, 2048, Heads(16, 16, 64), causal=causal, dtype=torch.float16) for causal in (False, True)]
 PREFILL_SUITES: dict[str, list[PrefillCase]] = {

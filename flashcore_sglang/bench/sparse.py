@@ -133,6 +133,7 @@ class Step:
             num_ctas=choice.num_ctas,
             sparse_pages=options.sparse_pages(case.batch, h.kv),
             page_size=case.page_size,
+            pack_keys=choice.tiling.pack_keys,
         )
         self.case, self.capacity = case, capacity
         self.q, self.k, self.v = q, k, v

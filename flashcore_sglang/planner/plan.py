@@ -59,6 +59,7 @@ class Capacity:
         page_size: keys in a page.
         split_keys: 0, or the fixed length of a tile in deterministic mode.
         pairs_per_cta: (row, KV head) pairs for each CTA that make cuts needless, see ``variants.Tiling``; 0: none do.
+        pack_keys: what packed rows must save, see ``variants.Tiling``.
     """
 
     batch: int
@@ -74,6 +75,7 @@ class Capacity:
     page_size: int = 64
     split_keys: int = 0
     pairs_per_cta: int = 0
+    pack_keys: int = 0
 
     def __post_init__(self) -> None:
         if self.rows_per_tile < self.group:

@@ -283,5 +283,6 @@ class Planner:
             policy=int(policy),
             sparse=o.sparse_rows(c.pages),
             share=decode and o.share and c.packs,
+            pack_keys=c.pack_keys,
             split_keys=o.split_keys if plan.cut else UNCUT,
         )
