@@ -24,6 +24,11 @@
 namespace flashcore {
 namespace {
 
+// Whether the attention before has left nothing, and has merged by itself.
+__device__ __forceinline__ bool is_merged(const AttendParams& p) {
+  return p.merges == Merges::packed && p.plan.counts[kRowsPacked] == 0;
+}
+
 constexpr int kWarps = 4;
 constexpr int kHeld = 4;              // partial results of an item whose place a lane finds before the wait
 constexpr int kAtOnce = 8;            // rows a warp has in flight
@@ -235,6 +240,7 @@ __device__ __forceinline__ void merge_few(const AttendParams& p, int item, const
 template <typename Element, int kHeadDim, int kShare>
 __global__ void __launch_bounds__(32 * kWarps, ctas_per_sm(kHeadDim))
     merge_decode_kernel(const __grid_constant__ AttendParams p, int heads) {
+  if (is_merged(p)) return wait_in_one_cta();
   merge_heads<Element, kHeadDim, kShare>(p, (blockIdx.x * kWarps + threadIdx.x / 32) / kShare * heads, heads);
 }
 

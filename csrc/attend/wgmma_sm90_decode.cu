@@ -63,8 +63,9 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm)
   if (warp == kConsumerWarps) guess.load(blockIdx.x, lane);
   int32_t touched = 0;
   if (warp == kConsumerWarps + 1) touched = touch_tiles(params.attend.plan, lane);
-  allow_dependents();  // the merge gets ready in the slots of the CTAs that end first
+  // Who leaves does not allow the next kernel before: its CTAs would wait in front of those that leave.
   if (params.serves == Serves::sharing && first.rows_packed == 0) return;
+  allow_dependents();  // the merge gets ready in the slots of the CTAs that end first
   if (warp == kConsumerWarps + 2) prefetch_metadata(params.attend, lane);
   if (threadIdx.x == 0) {
     prefetch_tensor_map(&k_map);
@@ -197,6 +198,15 @@ cudaError_t run_either(const Params& params) {
   return error == cudaSuccess ? run_few(part) : error;
 }
 
+// Likewise, for few requests. A cluster a KV head takes half of the SMs, so that the other kernel leaves beside it.
+cudaError_t run_cluster_or_few(const Params& params) {
+  Params part = params;
+  part.serves = Serves::not_sharing;
+  const cudaError_t error = run_cluster(part);
+  part.serves = Serves::sharing;
+  return error == cudaSuccess ? run_few(part) : error;
+}
+
 }  // namespace decode90
 
 // Head dims 64 and 128, bf16 and fp16, pages of 16, 32, 64, 128, ... keys (a power of two), at most 128 packed queries
@@ -211,14 +221,18 @@ int run_attend_wgmma_sm90_decode(const AttendParams& p) {
   }
   const Params params = make_params(p);
   if (fits_cluster(params)) return run_cluster(params);
+  if (fits_cluster_alone(params)) return run_cluster_or_few(params);
   if (are_few(params) || are_alone(params)) return run_few(params);
   // Behind select (lists_begin) there is no room for two: the first one must not end before select does.
   const bool either = p.decode && p.lists_begin == 0 && has_short_strides(p);
   return either ? run_either(params) : run_many(params);
 }
 
-int wgmma_sm90_decode_leaves_partials(const AttendParams& p) {
-  return !decode90::fits_cluster(decode90::make_params(p));
+int wgmma_sm90_decode_merges(const AttendParams& p) {
+  using namespace decode90;
+  const Params params = make_params(p);
+  if (fits_cluster(params)) return static_cast<int>(Merges::none);
+  return static_cast<int>(fits_cluster_alone(params) ? Merges::packed : Merges::all);
 }
 
 }  // namespace flashcore

@@ -57,19 +57,28 @@ auto dispatch(const Params& params, const F& f) {
                                 : by_head_dim.template operator()<__half>();
 }
 
+// Whether packed rows fit, or there can be none.
+bool fits_packed(const Params& params) {
+  const AttendParams& p = params.attend;
+  if (!p.plan.may_pack()) return true;
+  const int queries = p.num_tokens * params.group;
+  const int far_queries = queries * (kMaxLevels + 1) - near_queries(2);  // of the line, at most
+  return queries <= std::min(kShortQueries, p.plan.rows_per_tile) &&
+         p.num_kv_heads * kClusterCtas * far_queries <= p.plan.max_partials;
+}
+
 }  // namespace
 
-bool fits_cluster(const Params& params) {
+bool fits_cluster_alone(const Params& params) {
   const AttendParams& p = params.attend;
-  const bool packs = p.plan.may_pack();
-  const int queries = p.num_tokens * params.group;
-  const int most_queries = packs ? std::min(kShortQueries, p.plan.rows_per_tile) : kFewQueries;
-  const int far_queries = packs ? queries * (kMaxLevels + 1) - near_queries(2) : 0;  // of the line, at most
+  // Behind select the kernel must not leave before that is over, and the other one finds no room.
   return p.decode && p.free_cuts && p.num_kv_heads == kClusterHeads && p.batch <= kClusterBatch &&
-         params.group <= kShortQueries && queries <= most_queries && has_short_strides(p) &&
-         p.num_kv_heads * kClusterCtas * far_queries <= p.plan.max_partials &&
+         params.group <= kShortQueries && p.num_tokens * params.group <= kFewQueries && has_short_strides(p) &&
+         (p.lists_begin == 0 || fits_packed(params)) &&
          dispatch(params, [&](auto launcher) { return launcher.fits(p); });
 }
+
+bool fits_cluster(const Params& params) { return fits_packed(params) && fits_cluster_alone(params); }
 
 cudaError_t run_cluster(const Params& params) {
   const FewParams few(params);

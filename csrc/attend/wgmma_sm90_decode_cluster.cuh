@@ -18,9 +18,10 @@
 // - Queries asked for ahead of the keys: 0.4 us to 1.1 us; the other kernel, 0 to 0.4 us.
 // - Sums over as many rows as there can be, not over 32: 0.3 us where there is one.
 // - Two ways through a tile, for up to 8 and up to 16 queries: 1.1 us at 4 x 1K.
-// - Not enough SMs: packed rows of 17 to 32 queries, which the arithmetic bounds (8 x 32K, 30K of it shared: 96 us, the
-//   other kernel 66; two pieces at a time 86). Clusters of 16 do not fit 8 times, clusters of 8 not 16 times: an H200
-//   has GPCs of fewer SMs.
+// - Not enough SMs: packed rows of 17 to 32 queries, which the arithmetic bounds (8 x 32K, 30K of it shared: 86 us as
+//   two rows of 16, the other kernel 59); 9 to 16 requests with a common start that is not packed, which L2 gives to
+//   twice as many SMs in half the time (16 x 2.3K, 2K of it shared: 39 us, 26). Clusters of 16 do not fit 8 times,
+//   clusters of 8 not 16 times: an H200 has GPCs of fewer SMs.
 #pragma once
 
 #include "attend/wgmma_sm90_decode_cluster_merge.cuh"
@@ -52,6 +53,10 @@ __global__ void __cluster_dims__(kClusterCtas, 1, 1) __launch_bounds__(kClusterT
   const bool keeps = p.plan.counts[kRowsPacked] > 0;  // tokens are in several rows
   HeadRows rows(params, kv_head, rank, lane);
   item.load_entries(p.plan, lane);
+  if (params.serves == Serves::not_sharing) {
+    if (keeps) return;
+    allow_dependents();  // there is room beside this kernel for those behind it to leave
+  }
   const TileRange range = rows.range();
   PieceLoader<Traits, HeadRows> loader(params, range, rows, warp, lane);
   ClusterSink<Traits, kN> sink{p, shared, rank, rows.num_queries()};

@@ -21,7 +21,7 @@ cudaError_t launch(const FewParams& params) {
   if (opt_in != cudaSuccess) return opt_in;
   const AttendParams& p = params.attend;
   const auto stream = static_cast<cudaStream_t>(p.stream);
-  if (p.lists_begin > 0 || params.serves == Serves::not_sharing) {  // beside select, or beside the other kernel
+  if (p.lists_begin > 0 || params.serves != Serves::all) {  // beside select, or beside the other kernel
     return launch_dependent_shared(kernel, p.plan.num_ctas, kFewThreads, kShared, stream, params);
   }
   kernel<<<p.plan.num_ctas, kFewThreads, kShared, stream>>>(params);
@@ -31,7 +31,7 @@ cudaError_t launch(const FewParams& params) {
 // Two kernels instead of branches: the code that runs is to be short and in one piece.
 template <typename T, int kHeadDim>
 cudaError_t dispatch_queries(const FewParams& params) {
-  const bool packed = params.serves == Serves::all && (params.attend.plan.may_pack() || !params.attend.decode);
+  const bool packed = params.serves != Serves::not_sharing && (params.attend.plan.may_pack() || !params.attend.decode);
   const int tokens = packed ? params.attend.num_tokens : 1;  // of a row at most
   return tokens * params.group <= 8 ? launch<T, kHeadDim, 1>(params) : launch<T, kHeadDim, 2>(params);
 }

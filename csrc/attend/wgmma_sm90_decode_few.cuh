@@ -42,8 +42,10 @@ __global__ void __maxnreg__(216) attend_few_kernel(const __grid_constant__ FewPa
   tiles.load(blockIdx.x, lane);
   allow_dependents();
 
-  const bool serves = params.serves == Serves::all || first.rows_packed == 0;
-  const TileRange range = serves ? first.tiles : TileRange{0, 0};
+  if (params.serves != Serves::all && (params.serves == Serves::sharing) != (first.rows_packed > 0)) {
+    return wait_in_one_cta();
+  }
+  const TileRange range = first.tiles;
   PieceLoader<Traits, TileWindow> loader(params, range, tiles, warp, lane);
   GlobalRows<Traits> sink{params.attend};
   loader.begin();

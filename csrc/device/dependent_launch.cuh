@@ -1,10 +1,10 @@
 // Programmatic dependent launch (sm_90): a kernel that begins while the one before it in the stream still runs.
 //
 // The second kernel is launched with kDependentLaunch; the first lets it begin by allow_dependents(), and whatever the
-// second does before wait_for_primary() overlaps with the first. A thread of every CTA of the second must wait, even of
-// one that has nothing to do: the kernel after it relies on both being over. In a chain the same holds for what is
-// older: a kernel that lets the next one begin behind its own wait (score) promises that all before it is over, and
-// those that let it begin at once (select) pass that promise on.
+// second does before wait_for_primary() overlaps with the first. A thread of the second must wait, even of a kernel
+// that has nothing to do: what comes after it relies on both being over. In a chain the same holds for what is older: a
+// kernel that lets the next one begin behind its own wait (score) promises that all before it is over, and those that
+// let it begin at once (select) pass that promise on.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -22,6 +22,11 @@ __device__ __forceinline__ void wait_for_primary() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
+}
+
+// For the CTAs of a kernel that has nothing to do: one stays, so that the kernel does not end before the first one.
+__device__ __forceinline__ void wait_in_one_cta() {
+  if (blockIdx.x == 0) wait_for_primary();
 }
 
 // Whether the current device knows dependent launches; the others run one kernel after the other.

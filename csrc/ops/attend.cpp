@@ -59,7 +59,7 @@ void attend(const Tensor& q_tensor, const Tensor& k_cache, const Tensor& v_cache
   if (num_tokens == 0) return;
 
   const Launch launch(device);
-  const AttendParams params{
+  AttendParams params{
       .plan = buffers,
       .q = q.data,
       .k = k.data,
@@ -100,7 +100,8 @@ void attend(const Tensor& q_tensor, const Tensor& k_cache, const Tensor& v_cache
       .stream = launch.stream(),
   };
   run(kOp, variant.c_str(), kernel.run, params);
-  if (partials.size(0) > 0 && kernel.leaves_partials(params)) {
+  params.merges = static_cast<Merges>(kernel.merges(params));
+  if (partials.size(0) > 0 && params.merges != Merges::none) {
     run(kOp, "merge", device == kCpu ? run_merge_cpu : run_merge_cuda, params);
   }
 }

@@ -21,7 +21,7 @@ FLASHCORE_WEAK(run_select_cuda, SelectParams);
 FLASHCORE_WEAK(run_select_cpu, SelectParams);
 FLASHCORE_WEAK(run_attend_wmma_sm80, AttendParams);
 FLASHCORE_WEAK(run_attend_wgmma_sm90_decode, AttendParams);
-FLASHCORE_WEAK(wgmma_sm90_decode_leaves_partials, AttendParams);
+FLASHCORE_WEAK(wgmma_sm90_decode_merges, AttendParams);
 FLASHCORE_WEAK(run_attend_wgmma_sm90_prefill, AttendParams);
 FLASHCORE_WEAK(run_attend_cublaslt, AttendParams);
 FLASHCORE_WEAK(run_attend_cpu, AttendParams);

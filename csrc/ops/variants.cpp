@@ -7,16 +7,16 @@ namespace flashcore {
 
 namespace {
 
-int always(const AttendParams&) { return 1; }
-int never(const AttendParams&) { return 0; }
+int merges_all(const AttendParams&) { return static_cast<int>(Merges::all); }
+int merges_none(const AttendParams&) { return static_cast<int>(Merges::none); }
 
 struct Variant {
   const char* name;
   bool cuda;
   Run<AttendParams> decode;
   Run<AttendParams> prefill;
-  LeavesPartials decode_leaves = always;
-  LeavesPartials prefill_leaves = always;
+  MergesOf decode_merges = merges_all;
+  MergesOf prefill_merges = merges_all;
 
   bool built() const { return decode != nullptr || prefill != nullptr; }
   // Why a variant that was built cannot run on this machine, or nullptr.
@@ -27,9 +27,8 @@ struct Variant {
 const Variant kVariants[] = {
     {"cpu", false, run_attend_cpu, run_attend_cpu},
     {"wmma_sm80", true, run_attend_wmma_sm80, run_attend_wmma_sm80},
-    {"wgmma_sm90", true, run_attend_wgmma_sm90_decode, run_attend_wgmma_sm90_prefill,
-     wgmma_sm90_decode_leaves_partials},
-    {"cublaslt", true, nullptr, run_attend_cublaslt, never, never},
+    {"wgmma_sm90", true, run_attend_wgmma_sm90_decode, run_attend_wgmma_sm90_prefill, wgmma_sm90_decode_merges},
+    {"cublaslt", true, nullptr, run_attend_cublaslt, merges_none, merges_none},
 };
 
 }  // namespace
@@ -63,7 +62,7 @@ Kernel find_variant(const std::string& name, bool cuda, bool decode) {
     const Run<AttendParams> run = decode ? variant.decode : variant.prefill;
     require(run != nullptr, "attend", "variant: '", name, "' has no kernel for ", decode ? "decode" : "prefill",
             "; choose another variant");
-    return {run, decode ? variant.decode_leaves : variant.prefill_leaves};
+    return {run, decode ? variant.decode_merges : variant.prefill_merges};
   }
   fail("attend", "variant: expected one of ", variant_names(false), ", got '", name,
        "'; choose one that this library was built with");

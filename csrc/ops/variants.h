@@ -10,13 +10,13 @@ namespace flashcore {
 template <class Params>
 using Run = int (*)(const Params&);
 
-// Whether a kernel leaves partial results for the merge: 0 if not.
-using LeavesPartials = int (*)(const AttendParams&);
+// What a kernel leaves for the merge: a Merges.
+using MergesOf = int (*)(const AttendParams&);
 
 // What computes one phase.
 struct Kernel {
   Run<AttendParams> run;
-  LeavesPartials leaves_partials;
+  MergesOf merges;
 };
 
 // Raises, saying why, where the variant is unknown, not built, for the other device or cannot run here.

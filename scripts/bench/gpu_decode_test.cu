@@ -3,8 +3,11 @@
 //   nvcc -std=c++20 -O3 -gencode arch=compute_90a,code=sm_90a --expt-relaxed-constexpr -cudart static -I csrc
 //        scripts/bench/gpu_decode_test.cu csrc/attend/{wgmma_sm90_decode{,_few,_cluster},merge}.cu
 //        csrc/plan/plan_cpu.cpp -o gpu_decode_test
-// Run: gpu_decode_test check [filter] [--repeat N] | gpu_decode_test time [filter] [--ctas N]... [--rows N]
-// Steps that two kernels can run are checked and timed with both: `cluster` and `few`, `few` and `many`.
+// Run: gpu_decode_test check [filter] [--repeat N] [--random N] | gpu_decode_test time [filter] [--ctas N]... [--rows
+// N]
+//      gpu_decode_test sharing [--pack KEYS]
+// Steps that two kernels can run are checked and timed with both: `cluster` and `few`, `few` and `many`; `either` is
+// two launches, of which the plan decides.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -54,7 +57,8 @@ struct Case {
 struct Options {
   int ctas = 264;
   int rows_per_tile = 128;
-  int repeats = 2;  // runs of a check, which must agree bit by bit
+  int pack_keys = 0;  // flashcore_sglang/variants.py has what is chosen
+  int repeats = 2;    // runs of a check, which must agree bit by bit
 };
 
 // --- Device helpers --------------------------------------------------------------------------------------------------
@@ -210,7 +214,7 @@ void build(Problem& problem, const Case& c, const Options& options, bool poison)
   const int max_row_tokens = 4 * batch;
   const int max_rows = batch + (num_tokens + tokens_per_row - 1) / tokens_per_row + max_row_tokens / 2;
   // As Capacity.max_tiles in flashcore_sglang/planner/plan.py.
-  const int max_tiles = c.split_keys ? 1 << 16 : max_rows * c.num_kv_heads + 3 * options.ctas;
+  const int max_tiles = c.split_keys ? 1 << 16 : max_rows * c.num_kv_heads + 4 * options.ctas;
   const int max_merge = num_tokens + max_row_tokens;
   std::vector<int> positions(num_tokens), row_tokens(max_row_tokens), tile_indptr(max_rows * c.num_kv_heads + 1),
       cta_indptr(options.ctas + 1), merge_indptr(num_tokens + 1), merge_rows(2 * max_merge), counts(kNumCounts);
@@ -253,6 +257,7 @@ void build(Problem& problem, const Case& c, const Options& options, bool poison)
   pp.policy = Policy::exact;
   pp.sparse.begin = kv_indices.size();
   pp.share = c.share;
+  pp.pack_keys = options.pack_keys;
   pp.split_keys = c.split_keys;
   if (run_plan_cpu(pp) != 0 || counts[kOverflow]) {
     std::printf("%s: the plan overflowed\n", c.name.c_str());
@@ -326,19 +331,22 @@ using Kernel = cudaError_t (*)(const decode90::Params&);
 
 // The kernels that can run a problem, the one that is chosen first.
 std::vector<std::pair<const char*, Kernel>> kernels(const AttendParams& p) {
+  if (const auto params = decode90::make_params(p); decode90::fits_cluster_alone(params)) {
+    if (decode90::fits_cluster(params)) return {{"cluster", decode90::run_cluster}, {"few", decode90::run_few}};
+    return {{"either", decode90::run_cluster_or_few}, {"few", decode90::run_few}};
+  }
   if (!decode90::are_few(decode90::make_params(p))) {
     if (!p.decode) return {{"many", decode90::run_many}};
     return {{"either", decode90::run_either}, {"many", decode90::run_many}};
-  }
-  if (decode90::fits_cluster(decode90::make_params(p))) {
-    return {{"cluster", decode90::run_cluster}, {"few", decode90::run_few}};
   }
   return {{"few", decode90::run_few}, {"many", decode90::run_many}};
 }
 
 void attend(const AttendParams& p, Kernel kernel) {
   CUDA_CHECK(kernel(decode90::make_params(p)));
-  if (kernel != decode90::run_cluster) CUDA_CHECK(run_merge_cuda(p));
+  AttendParams merge = p;
+  merge.merges = kernel == decode90::run_cluster_or_few ? Merges::packed : Merges::all;
+  if (kernel != decode90::run_cluster) CUDA_CHECK(run_merge_cuda(merge));
 }
 
 // --- Check -----------------------------------------------------------------------------------------------------------
@@ -373,16 +381,11 @@ bool check(const Case& c, const Options& options) {
   // Where no tile has more than 16 queries, both kernels give the same bits.
   const auto choices = kernels(p);
   const bool tall = problem.counts[kRowsPacked] > 0 || !c.q_lens.empty();
-  if (choices.size() > 1 && !tall && choices[0].second != decode90::run_cluster) {
+  if (choices.size() > 1 && !tall && !decode90::fits_cluster_alone(decode90::make_params(p))) {
     run_once(choices[1].second, out);
     run_once(choices[0].second, again);
     same &= out == again;
   }
-  for (int run = 0; run < options.repeats; ++run) {
-    run_once(choices[0].second, run == 0 ? out : again);
-    same &= run == 0 || out == again;
-  }
-  CUDA_CHECK(cudaMemcpy(lse.data(), p.lse, items * 4, cudaMemcpyDeviceToHost));
 
   const int64_t longest = std::max(1, *std::max_element(c.kv_lens.begin(), c.kv_lens.end()));
   double* scores = problem.own(device_alloc<double>(items * longest));
@@ -401,25 +404,34 @@ bool check(const Case& c, const Options& options) {
 
   // The rounding of the output alone is u / sqrt(3) of each element in the mean; P's rounding adds as much.
   const double unit = c.dtype == DType::bf16 ? 1.0 / 256 : 1.0 / 2048;
-  double error = 0.0, norm = 0.0, worst_lse = 0.0;
-  bool finite = true;
-  for (int64_t i = 0; i < count; ++i) {
-    const double x = element(out[i], c.dtype);
-    finite &= std::isfinite(x);
-    error += (x - expected[i]) * (x - expected[i]);
-    norm += expected[i] * expected[i];
+  bool all_good = true;
+  for (const auto& [name, kernel] : choices) {
+    for (int run = 0; run < options.repeats; ++run) {
+      run_once(kernel, run == 0 ? out : again);
+      same &= run == 0 || out == again;
+    }
+    CUDA_CHECK(cudaMemcpy(lse.data(), p.lse, items * 4, cudaMemcpyDeviceToHost));
+    double error = 0.0, norm = 0.0, worst_lse = 0.0;
+    bool finite = true;
+    for (int64_t i = 0; i < count; ++i) {
+      const double x = element(out[i], c.dtype);
+      finite &= std::isfinite(x);
+      error += (x - expected[i]) * (x - expected[i]);
+      norm += expected[i] * expected[i];
+    }
+    for (int64_t i = 0; i < items; ++i) {
+      if (std::isinf(expected_lse[i]) && lse[i] == expected_lse[i]) continue;
+      worst_lse = std::max(worst_lse, std::abs(lse[i] - expected_lse[i]));
+    }
+    const double relative = std::sqrt(error / std::max(norm, 1e-30));
+    const bool good = finite && same && relative < unit && worst_lse < 1e-3;
+    std::printf("%-7s %-48s rows %4d tiles %5d packed %3d  error %.2e lse %.1e %s%s%s\n", name, c.name.c_str(),
+                problem.counts[kNumRows], problem.counts[kNumTiles], problem.counts[kRowsPacked], relative, worst_lse,
+                good ? "ok" : "FAILED", finite ? "" : " (not finite)", same ? "" : " (runs differ)");
+    std::fflush(stdout);
+    all_good &= good;
   }
-  for (int64_t i = 0; i < items; ++i) {
-    if (std::isinf(expected_lse[i]) && lse[i] == expected_lse[i]) continue;
-    worst_lse = std::max(worst_lse, std::abs(lse[i] - expected_lse[i]));
-  }
-  const double relative = std::sqrt(error / std::max(norm, 1e-30));
-  const bool good = finite && same && relative < unit && worst_lse < 1e-3;
-  std::printf("%-4s %-48s rows %4d tiles %5d packed %3d  error %.2e lse %.1e %s%s%s\n", choices[0].first,
-              c.name.c_str(), problem.counts[kNumRows], problem.counts[kNumTiles], problem.counts[kRowsPacked],
-              relative, worst_lse, good ? "ok" : "FAILED", finite ? "" : " (not finite)", same ? "" : " (runs differ)");
-  std::fflush(stdout);
-  return good;
+  return all_good;
 }
 
 std::vector<Case> check_cases() {
@@ -507,6 +519,33 @@ std::vector<Case> check_cases() {
     cases.push_back({.name = name + " window cap", .kv_lens = lens, .window_left = 60, .cap = 3.0f});
     cases.push_back({.name = name + " fp16 split", .kv_lens = lens, .dtype = DType::fp16, .split_keys = 128});
   }
+  for (const auto& [batch, q] : {std::pair{16, 32},
+                                 {9, 32},
+                                 {16, 8},
+                                 {12, 40},
+                                 {4, 128},
+                                 {8, 32},
+                                 {7, 32},
+                                 {5, 48},
+                                 {3, 64},
+                                 {2, 128},
+                                 {8, 24}}) {
+    const std::string name = " " + std::to_string(batch) + " " + std::to_string(q) + "/8";
+    std::vector<int> lens(batch);
+    for (int i = 0; i < batch; ++i) lens[i] = 1500 + 211 * i;
+    cases.push_back({.name = "cluster" + name, .kv_lens = lens, .num_qo_heads = q, .levels = {{batch, 1024}}});
+    cases.push_back({.name = "cluster tree" + name,
+                     .kv_lens = lens,
+                     .num_qo_heads = q,
+                     .levels = {{batch, 640}, {(batch + 1) / 2, 448}}});
+    cases.push_back({.name = "cluster alone" + name, .kv_lens = lens, .num_qo_heads = q});
+    for (int& len : lens) len += 8192;
+    cases.push_back({.name = "cluster long" + name,
+                     .kv_lens = lens,
+                     .num_qo_heads = q,
+                     .head_dim = 64,
+                     .levels = {{batch, 8192}, {(batch + 1) / 2, 448}}});
+  }
   for (int batch : {2, 3, 5, 8}) {
     cases.push_back({.name = "few share " + std::to_string(batch),
                      .kv_lens = std::vector<int>(batch, 6000),
@@ -520,6 +559,33 @@ std::vector<Case> check_cases() {
   cases.push_back({.name = "few query tokens", .kv_lens = {300, 70}, .q_lens = {5, 3}});
   cases.push_back({.name = "few query tokens, window", .kv_lens = {300, 70}, .q_lens = {5, 3}, .window_left = 20});
   cases.push_back({.name = "many short", .kv_lens = std::vector<int>(300, 130)});
+  return cases;
+}
+
+// Small steps of random lengths, some with a common start.
+std::vector<Case> random_cases(int count) {
+  std::mt19937 random(11);
+  const auto one_of = [&](std::initializer_list<int> choices) { return choices.begin()[random() % choices.size()]; };
+  std::vector<Case> cases;
+  for (int i = 0; i < count; ++i) {
+    Case c{.name = "random " + std::to_string(i)};
+    const int batch = one_of({1, 2, 3, 4, 4, 5, 7, 8, 11, 16});
+    const double longest = std::log(one_of({500, 5000, 40000}));
+    for (int r = 0; r < batch; ++r) {
+      c.kv_lens.push_back(int(std::exp(std::uniform_real_distribution<>(0, longest)(random))));
+    }
+    c.num_kv_heads = one_of({8, 8, 8, 4});
+    c.num_qo_heads = c.num_kv_heads * one_of({1, 2, 4, 4, 8, 16});
+    c.head_dim = one_of({64, 128});
+    c.page_size = one_of({16, 32, 64, 64, 128});
+    if (random() % 4 == 0) c.window_left = int(random() % 3000);
+    if (random() % 3 == 0) {
+      const int common = 128 * (1 + int(random() % 20));
+      c.levels = {{batch, common}};
+      for (int& len : c.kv_lens) len += common;
+    }
+    cases.push_back(c);
+  }
   return cases;
 }
 
@@ -585,11 +651,16 @@ std::vector<Timed> time_cases() {
       dense(4, 1024, 0, 0.83),
       dense(4, 8192, 0, 0.83),
       dense(4, 32768, 0, 0.83),
+      dense(5, 1024, 0, 0.83),
       dense(8, 1024, 22.9, 0.83),
+      dense(8, 2048, 0, 0.83),
       dense(8, 8192, 80.7, 0.88),
       dense(8, 32768, 259, 0.83),
       dense(8, 131072, 991, 1.03),
+      dense(9, 1024, 0, 1.03),
+      dense(12, 2048, 0, 1.03),
       dense(16, 1024, 0, 1.03),
+      dense(16, 2048, 0, 1.03),
       dense(16, 8192, 0, 1.03),
       dense(16, 32768, 0, 1.03),
       dense(16, 131072, 1946, 1.0),
@@ -605,6 +676,13 @@ std::vector<Timed> time_cases() {
       dense(64, 8192, 490.1, 1.0, {.name = " p16", .page_size = 16}),
       dense(64, 8192, 0, 1.0, {.name = " p32", .page_size = 32}),
       shared(4, 32768, {{4, 30720}}, 0, 0),
+      shared(8, 1024, {{8, 512}}, 0, 0),
+      shared(8, 2048, {{8, 1024}}, 0, 0),
+      shared(8, 4096, {{8, 2048}}, 0, 0),
+      shared(8, 6144, {{8, 4096}}, 0, 0),
+      shared(8, 8192, {{8, 6144}}, 0, 0),
+      shared(8, 10240, {{8, 8192}}, 0, 0),
+      shared(6, 6144, {{6, 4096}}, 0, 0),
       shared(8, 32768, {{8, 30720}}, 0, 0),
       shared(16, 32768, {{16, 30720}}, 0, 0),
       shared(64, 8192, {{64, 5760}}, 363, 0.52),
@@ -653,18 +731,57 @@ void time_case(const Timed& timed, const Options& options, const L2Flush& flush)
   std::fflush(stdout);
 }
 
+// Requests over one prefix: each reads it, it is always read once, or as the plan decides.
+void time_sharing(const Options& given, const L2Flush& flush) {
+  const std::vector<std::pair<int, int>> heads = {{32, 8}, {28, 4}, {8, 1}};
+  for (const auto& [q, kv] : heads) {
+    for (int batch : {2, 4, 5, 8, 12, 16, 32, 64, 128}) {
+      for (int prefix : {512, 1024, 2048, 4096, 8192, 16384}) {
+        for (int own : {256, 2048}) {
+          std::printf("%d/%d %3d x %5d + %4d ", q, kv, batch, prefix, own);
+          for (int way : {0, 1, 2}) {
+            const Case c{.name = "sharing",
+                         .kv_lens = std::vector<int>(batch, prefix + own),
+                         .num_qo_heads = q,
+                         .num_kv_heads = kv,
+                         .levels = {{batch, prefix}},
+                         .share = way > 0};
+            Options options = given;
+            if (way == 1) options.pack_keys = 0;
+            Problem problem;
+            build(problem, c, options, false);
+            AttendParams p = problem.params;
+            p.lse = nullptr;
+            p.stream = cudaStreamPerThread;
+            const Kernel kernel = kernels(p)[0].second;
+            std::printf(" %6.1f", time_graphs({[&] { attend(p, kernel); }}, flush, 5)[0]);
+            if (way == 2) std::printf("%s", problem.counts[kRowsPacked] > 0 ? " once" : "");
+          }
+          std::printf("\n");
+          std::fflush(stdout);
+        }
+      }
+    }
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   const std::string mode = argc > 1 ? argv[1] : "check";
   std::string filter;
   std::vector<int> ctas;
+  int random = 0;
   Options options;
   for (int i = 2; i < argc; ++i) {
     if (!std::strcmp(argv[i], "--ctas")) {
       ctas.push_back(std::atoi(argv[++i]));
     } else if (!std::strcmp(argv[i], "--rows")) {
       options.rows_per_tile = std::atoi(argv[++i]);
+    } else if (!std::strcmp(argv[i], "--random")) {
+      random = std::atoi(argv[++i]);
+    } else if (!std::strcmp(argv[i], "--pack")) {
+      options.pack_keys = std::atoi(argv[++i]);
     } else if (!std::strcmp(argv[i], "--repeat")) {
       options.repeats = std::atoi(argv[++i]);
     } else {
@@ -676,11 +793,14 @@ int main(int argc, char** argv) {
   if (mode == "check") {
     for (int count : ctas) {
       options.ctas = count;
-      for (const Case& c : check_cases()) {
+      for (const Case& c : random > 0 ? random_cases(random) : check_cases()) {
         if (c.name.find(filter) != std::string::npos) failures += !check(c, options);
       }
     }
     std::printf("%d failures\n", failures);
+  } else if (mode == "sharing") {
+    options.ctas = ctas.back();
+    time_sharing(options, L2Flush());
   } else {
     const L2Flush flush;
     for (const Timed& timed : time_cases()) {
