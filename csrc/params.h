@@ -135,9 +135,8 @@ struct PlanParams {
   int32_t causal, window_left;  // window_left < 0: off
   Policy policy;                // window and topk apply to requests of one query token only
   SparseRows sparse;
-  int32_t share;  // find shared prefixes, to be packed or scored together (requests of one query token only)
-  int32_t
-      pack_keys;  // packed rows must save so many keys of a KV head for each query of one of them, or there are none
+  int32_t share;       // find shared prefixes, to be packed or scored together (requests of one query token only)
+  int32_t pack_keys;   // keys of a KV head that packed rows save for each query of one, and 48 more, or there are none
   int32_t split_keys;  // 0: balance tiles over the CTAs; else cut every row each split_keys keys, whatever the batch
   void* stream;
 };

@@ -136,7 +136,7 @@ def plan(
         policy: a ``Policy``.
         sparse: what the rows of policies window and topk read.
         share: pack requests that share pages; topk: find pages that can be scored for several requests at once.
-        pack_keys: packed rows must save so many keys of a KV head for each query of one of them, or there are none.
+        pack_keys: packed rows save so many keys of a KV head for each query of one, and 48 more, or there are none.
         split_keys: 0, or the fixed length of a tile in keys.
     """
     library().plan(

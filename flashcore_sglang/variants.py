@@ -36,8 +36,7 @@ class Tiling:
         pairs_per_cta: with so many (row, KV head) pairs for each CTA the kernel deals out whole pairs by itself, and
             plans need no cuts; 0: it runs the tiles of a plan as they were dealt.
         pack_keys: pages that requests share are read once for all of them where that saves so many keys of a KV head
-            for each query of a packed row. Below that it is faster to read them again: they come from L2, and packed
-            rows take a larger kernel.
+            for each query of a packed row and 48 more. Below that it is faster to read them again: they come from L2.
     """
 
     rows_per_tile: int
@@ -90,7 +89,7 @@ VARIANTS = (
         max_sm=(9, 0),  # sm_90a code runs on 9.0 only
         dtypes=("bf16", "fp16"),
         page_sizes=(16, 32, 64, 128),  # a TMA box is one page of a KV head
-        decode=dict.fromkeys((64, 128), Tiling(rows_per_tile=128, ctas_per_sm=2, pack_keys=5120)),
+        decode=dict.fromkeys((64, 128), Tiling(rows_per_tile=128, ctas_per_sm=2, pack_keys=1152)),
         prefill={
             64: Tiling(rows_per_tile=192, ctas_per_sm=1, pairs_per_cta=4),  # three consumer warpgroups
             **dict.fromkeys((128, 256), Tiling(rows_per_tile=128, ctas_per_sm=1, pairs_per_cta=4)),
@@ -102,8 +101,8 @@ VARIANTS = (
         min_sm=(8, 0),
         dtypes=("bf16", "fp16"),
         decode={
-            64: Tiling(rows_per_tile=64, ctas_per_sm=3),
-            **dict.fromkeys((96, 128, 256), Tiling(rows_per_tile=64, ctas_per_sm=2)),
+            64: Tiling(rows_per_tile=64, ctas_per_sm=3, pack_keys=768),
+            **dict.fromkeys((96, 128, 256), Tiling(rows_per_tile=64, ctas_per_sm=2, pack_keys=768)),
         },
         prefill={
             64: Tiling(rows_per_tile=128, ctas_per_sm=3),

@@ -113,10 +113,10 @@ def test_break_even_of_eight_requests(prefix: int, packed: bool) -> None:
     assert bool(view.counts[Count.ROWS_PACKED]) == packed
 
 
-# 5120 keys for each of 32 packed queries: 7 x 8 KV heads x 2926 keys.
-@pytest.mark.parametrize("prefix, packed", [(2880, False), (2944, True)])
+# 1152 keys for each of 32 packed queries and 48 more: 7 x 8 KV heads x 1646 keys.
+@pytest.mark.parametrize("prefix, packed", [(1600, False), (1664, True)])
 def test_break_even_of_all_packed_rows(prefix: int, packed: bool) -> None:
-    batch = from_tree([Node(prefix, leaves(8, 2000))], 64, pack_keys=5120, **HOPPER)
+    batch = from_tree([Node(prefix, leaves(8, 2000))], 64, pack_keys=1152, **HOPPER)
     view = check_plan(batch.plan(), batch)
     assert bool(view.counts[Count.ROWS_PACKED]) == packed
 
@@ -126,7 +126,7 @@ def test_prefixes_pay_together() -> None:
     packed = [
         check_plan(batch.plan(), batch).counts[Count.ROWS_PACKED]
         for groups in (1, 2)
-        for batch in [from_tree([Node(2048, leaves(8, 100))] * groups, 64, pack_keys=5120, **HOPPER)]
+        for batch in [from_tree([Node(1024, leaves(8, 100))] * groups, 64, pack_keys=1152, **HOPPER)]
     ]
     assert packed == [0, 2]
 
@@ -146,6 +146,15 @@ def test_packed_tiles_are_as_long_as_a_share(units: int, own: int, longest: int)
     view = check_plan(batch.plan(), batch)
     tiles = view.tiles[view.tile_indptr[0] : view.tile_indptr[1]]
     assert max(tile[2] - tile[1] for tile in tiles) == 64 * longest
+
+
+# 64 requests of 4 query heads, 132 CTAs: 16 units of 8 KV heads for each of these are 264 units of all rows.
+@pytest.mark.parametrize("units, queries", [(66, 64), (67, 128)])
+def test_rows_are_small_where_little_is_packed(units: int, queries: int) -> None:
+    shape = {**HOPPER, "rows_per_tile": 128}
+    batch = from_tree([Node(64 * units, leaves(64, 100))], 64, **shape)
+    view = check_plan(batch.plan(), batch)
+    assert {4 * len(row.tokens) for row in view.rows if row.flags & PACKED} == {queries}
 
 
 def test_packed_rows_of_few_queries_are_cut_by_shares() -> None:

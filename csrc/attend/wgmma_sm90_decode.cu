@@ -161,6 +161,8 @@ Params make_params(const AttendParams& p) {
   Params params{};
   params.attend = p;
   params.group = p.num_qo_heads / p.num_kv_heads;
+  params.by_group = Divisor(params.group);
+  params.by_head = Divisor(p.num_kv_heads);
   const int64_t page_bytes = int64_t{4} * p.page_size * p.num_kv_heads * p.head_dim;  // K and V of all heads
   params.few_pages = static_cast<int32_t>(kSmallBytes / page_bytes);
   while ((1 << params.page_shift) < p.page_size) ++params.page_shift;
@@ -210,12 +212,12 @@ cudaError_t run_cluster_or_few(const Params& params) {
 }  // namespace decode90
 
 // Head dims 64 and 128, bf16 and fp16, pages of 16, 32, 64, 128, ... keys (a power of two), at most 128 packed queries
-// a tile. Anything else: cudaErrorInvalidValue.
+// a tile, one query token a request. Anything else: cudaErrorInvalidValue.
 int run_attend_wgmma_sm90_decode(const AttendParams& p) {
   using namespace decode90;
   const bool known_page = p.page_size >= 16 && (p.page_size & (p.page_size - 1)) == 0;
   const bool known_dtype = p.dtype == DType::bf16 || p.dtype == DType::fp16;
-  if (!known_page || !known_dtype || (p.head_dim != 64 && p.head_dim != 128) || p.sm_scale <= 0.0f ||
+  if (!p.decode || !known_page || !known_dtype || (p.head_dim != 64 && p.head_dim != 128) || p.sm_scale <= 0.0f ||
       p.plan.rows_per_tile > 2 * kBlockQueries) {
     return cudaErrorInvalidValue;
   }
@@ -224,7 +226,7 @@ int run_attend_wgmma_sm90_decode(const AttendParams& p) {
   if (fits_cluster_alone(params)) return run_cluster_or_few(params);
   if (are_few(params) || are_alone(params)) return run_few(params);
   // Behind select (lists_begin) there is no room for two: the first one must not end before select does.
-  const bool either = p.decode && p.lists_begin == 0 && has_short_strides(p);
+  const bool either = p.lists_begin == 0 && has_short_strides(p);
   return either ? run_either(params) : run_many(params);
 }
 

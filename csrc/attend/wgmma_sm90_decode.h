@@ -23,7 +23,7 @@ inline bool are_few(const Params& params) {
 // Decode of requests that have rows of their own only.
 inline bool are_alone(const Params& params) {
   const AttendParams& p = params.attend;
-  return p.decode && !p.plan.may_pack() && params.group <= kFewQueries && has_short_strides(p);
+  return !p.plan.may_pack() && params.group <= kFewQueries && has_short_strides(p);
 }
 
 // Whether run_cluster can run it, here: any plan, or those that share nothing.

@@ -72,8 +72,8 @@ bool fits_packed(const Params& params) {
 bool fits_cluster_alone(const Params& params) {
   const AttendParams& p = params.attend;
   // Behind select the kernel must not leave before that is over, and the other one finds no room.
-  return p.decode && p.free_cuts && p.num_kv_heads == kClusterHeads && p.batch <= kClusterBatch &&
-         params.group <= kShortQueries && p.num_tokens * params.group <= kFewQueries && has_short_strides(p) &&
+  return p.free_cuts && p.num_kv_heads == kClusterHeads && p.batch <= kClusterBatch && params.group <= kShortQueries &&
+         p.num_tokens * params.group <= kFewQueries && has_short_strides(p) &&
          (p.lists_begin == 0 || fits_packed(params)) &&
          dispatch(params, [&](auto launcher) { return launcher.fits(p); });
 }

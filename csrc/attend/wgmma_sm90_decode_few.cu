@@ -31,7 +31,7 @@ cudaError_t launch(const FewParams& params) {
 // Two kernels instead of branches: the code that runs is to be short and in one piece.
 template <typename T, int kHeadDim>
 cudaError_t dispatch_queries(const FewParams& params) {
-  const bool packed = params.serves != Serves::not_sharing && (params.attend.plan.may_pack() || !params.attend.decode);
+  const bool packed = params.serves != Serves::not_sharing && params.attend.plan.may_pack();
   const int tokens = packed ? params.attend.num_tokens : 1;  // of a row at most
   return tokens * params.group <= 8 ? launch<T, kHeadDim, 1>(params) : launch<T, kHeadDim, 2>(params);
 }

@@ -18,11 +18,9 @@ struct ShortStrides {
 };
 
 struct FewParams : Params {
-  Divisor by_group, by_head;
   ShortStrides k, v;
 
-  explicit FewParams(const Params& params)
-      : Params(params), by_group(params.group), by_head(params.attend.num_kv_heads) {
+  explicit FewParams(const Params& params) : Params(params) {
     const auto narrow = [](int64_t stride) { return static_cast<int32_t>(stride); };
     const AttendParams& p = params.attend;
     k = {narrow(p.k_stride_page), narrow(p.k_stride_token), narrow(p.k_stride_head)};

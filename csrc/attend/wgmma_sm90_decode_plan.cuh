@@ -79,6 +79,11 @@ struct TileWindow {
   }
 };
 
+// Query token i of a tile.
+__device__ __forceinline__ int token_of(const AttendParams& p, const Tile& tile, int i) {
+  return tile.q_begin < 0 ? p.plan.row_tokens[~tile.q_begin + i] : tile.q_begin + i;
+}
+
 // Packed query m of a tile whose first query head is first_head: query head head_in_group of the tile's token i_token.
 struct PackedQuery {
   int token;
@@ -87,7 +92,7 @@ struct PackedQuery {
 
   __device__ __forceinline__ PackedQuery(const AttendParams& p, const Tile& tile, int first_head, int i_token,
                                          int head_in_group, int m) {
-    token = tile.q_begin < 0 ? p.plan.row_tokens[~tile.q_begin + i_token] : tile.q_begin + i_token;
+    token = token_of(p, tile, i_token);
     const int head = first_head + head_in_group;
     offset = token * p.q_stride_token + head * p.q_stride_head;
     out_row = tile.partial < 0 ? token * p.num_qo_heads + head : tile.partial + m;

@@ -112,7 +112,7 @@ __device__ __forceinline__ void load_tiles(SharedStorage<Traits>& shared, const 
       next_ids = window.load(lane);
     }
     const int kv_end = tiles.kv_end(i);
-    const int head = tiles.pair(i) % params.attend.num_kv_heads;
+    const int head = tiles.pair(i) % params.by_head;
     int key = tiles.kv_begin(i);
     fetched = key < kv_end && i + 1 < range.end && tiles.holds(i + 1);
     while (key < kv_end) {
@@ -180,37 +180,31 @@ __device__ __forceinline__ void load_queries(SharedStorage<Traits>& shared, cons
   TileInfo<Traits>& info = shared.tile;
   for (int t = range.begin; t < range.end; ++t, parity ^= 1) {
     const Tile tile = p.plan.tiles[t];
-    const int first_head = tile.pair % p.num_kv_heads * params.group;
+    const int first_head = tile.pair % params.by_head * params.group;
     const int queries = tile.q_count * params.group;
 
     // The queries themselves come first: they have the longest way.
     constexpr int kPerLane = Traits::kQueries / 32;
-    int64_t source[kPerLane] = {};
-    int32_t position[kPerLane] = {}, out_row[kPerLane] = {};
+    int32_t token[kPerLane] = {};
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
       if (32 * i >= queries) break;
       const int m = 32 * i + lane;
-      if (m < queries) {
-        const PackedQuery query(p, tile, first_head, m / params.group, m % params.group, m);
-        source[i] = query.offset;
-        position[i] = p.plan.positions[query.token];
-        out_row[i] = query.out_row;
-      }
+      if (m < queries) token[i] = token_of(p, tile, m / params.by_group);
     }
     mbarrier_wait(&shared.q_empty, parity);
-    constexpr int kRowLanes = Traits::kHeadDim / 8;  // lanes that copy a row, 16 bytes each
-    constexpr int kRowsAtOnce = 32 / kRowLanes;
-    const Element* q = static_cast<const Element*>(p.q);
+    // A lane copies its own queries: that is little code. Where lanes shared a row it was 50 KB, 15 us of a cold step.
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
-      for (int first = 0; first < 32 && 32 * i + first < queries; first += kRowsAtOnce) {
-        const int m = 32 * i + first + lane / kRowLanes;
-        const int64_t offset = __shfl_sync(~0u, source[i], m % 32);
-        if (m < queries) {
-          uint8_t* block = shared.q[m / kBlockQueries];
-          copy_async_16<Traits::kHeadDim * 2>(shared_address(block + swizzled(m % kBlockQueries, lane % kRowLanes)),
-                                              q + offset + lane % kRowLanes * 8, true);
+      const int m = 32 * i + lane;
+      asm volatile("" : "+r"(token[i]));  // addresses one after the other: there are few registers
+      if (m < queries) {
+        const Element* from = static_cast<const Element*>(p.q) + int64_t{token[i]} * p.q_stride_token +
+                              (first_head + m % params.by_group) * p.q_stride_head;
+        const uint32_t to = shared_address(shared.q[m / kBlockQueries]);
+#pragma unroll
+        for (int chunk = 0; chunk < Traits::kHeadDim / 8; ++chunk) {
+          copy_async_16<Traits::kHeadDim * 2>(to + swizzled(m % kBlockQueries, chunk), from + 8 * chunk, true);
         }
       }
     }
@@ -220,7 +214,7 @@ __device__ __forceinline__ void load_queries(SharedStorage<Traits>& shared, cons
     for (int i = 0; i < kPerLane; ++i) {
       if (32 * i >= queries) break;
       const int m = 32 * i + lane;
-      const int last = position[i] - tile.kv_pos;  // the last key of the row that a causal query sees
+      const int last = p.plan.positions[token[i]] - tile.kv_pos;  // the last key of the row that a causal query sees
       const int begin = p.window_left < 0 ? 0 : max(0, last - p.window_left);
       const int end = p.causal ? min(tile.kv_end, last + 1) : tile.kv_end;
       if (m < queries) {
@@ -229,7 +223,8 @@ __device__ __forceinline__ void load_queries(SharedStorage<Traits>& shared, cons
       }
       info.visible_begin[m] = begin;
       info.visible_end[m] = end;
-      info.out_row[m] = out_row[i];
+      info.out_row[m] =
+          tile.partial < 0 ? token[i] * p.num_qo_heads + first_head + m % params.by_group : tile.partial + m;
     }
     free_begin = __reduce_max_sync(~0u, free_begin);
     free_end = __reduce_min_sync(~0u, free_end);

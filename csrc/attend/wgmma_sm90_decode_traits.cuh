@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "arithmetic.h"
 #include "device/mbarrier.cuh"
 #include "device/tma.cuh"
 #include "params.h"
@@ -50,12 +51,13 @@ struct Params {
   AttendParams attend;
   Serves serves;
   int32_t group;
-  int32_t few_pages;    // a plan that reads fewer than this is small
-  int32_t page_shift;   // log2(page_size)
-  int32_t box_tokens;   // tokens of a TMA box: a page, or a unit of it
-  int32_t box_slabs;    // slabs of a TMA box: all where it fills a unit, else one
-  float softmax_scale;  // logits in base 2 are raw * softmax_scale, after the cap where there is one
-  float cap_scale;      // raw = tanh(raw * cap_scale); 0: no cap
+  Divisor by_group{1}, by_head{1};  // group, num_kv_heads
+  int32_t few_pages;                // a plan that reads fewer than this is small
+  int32_t page_shift;               // log2(page_size)
+  int32_t box_tokens;               // tokens of a TMA box: a page, or a unit of it
+  int32_t box_slabs;                // slabs of a TMA box: all where it fills a unit, else one
+  float softmax_scale;              // logits in base 2 are raw * softmax_scale, after the cap where there is one
+  float cap_scale;                  // raw = tanh(raw * cap_scale); 0: no cap
 };
 
 // What the consumers must know of a tile, written by the query warp beside the queries themselves.

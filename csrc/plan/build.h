@@ -27,10 +27,11 @@ struct RequestSum {
 };
 
 // Whether packed rows save enough, all together. What they save is mostly read from L2, where it is after the first
-// request has read it; what they cost does not depend on their keys, but on the queries of a row.
+// request has read it; what they cost does not depend on their keys, but on the queries of a row, beside what all do.
+constexpr int32_t kPackQueries = 48;
 FLASHCORE_HD bool packing_pays(const PlanJob& p, const RequestSum& sum) {
   const int64_t saved = int64_t{sum.saved_units} * kSplitUnit * p.num_kv_heads;
-  const int64_t queries = int64_t{sum.node_tokens} * p.group;  // of all packed rows
+  const int64_t queries = int64_t{sum.node_tokens} * p.group + int64_t{kPackQueries} * sum.node_rows;  // of all rows
   return saved * sum.node_rows >= p.pack_keys * queries;
 }
 
@@ -81,7 +82,8 @@ struct CutSum {
 struct NodeRows {
   int32_t rows, length, longer;
 
-  FLASHCORE_HD NodeRows(const PlanJob& p, int32_t members) : rows(ceil_div(members, p.by_row)) {
+  FLASHCORE_HD NodeRows(const PlanJob& p, bool small, int32_t members)
+      : rows(small ? ceil_div(members, p.by_small_row) : ceil_div(members, p.by_row)) {
     length = rows > 1 ? members / rows : members;
     longer = members - length * rows;
   }
@@ -156,7 +158,8 @@ struct RequestRows {
 struct Totals {
   int32_t rows = 0, packed_rows = 0, uncut = 0, cuts = 0, partials = 0, pages = 0;
   PackedPieces packed_pieces;
-  bool share = false;  // whether there are packed rows
+  bool share = false;       // whether there are packed rows
+  bool small_rows = false;  // and whether they are small ones
   bool fits = false;
 
   FLASHCORE_HD int32_t tiles() const { return uncut + cuts; }
@@ -182,9 +185,13 @@ class Builder {
     const Plan& plan = p.plan;
     const bool fits = batch_fits(p);
     total.share = shares_pages(p);
+    total.small_rows = p.by_small_row.value < p.by_row.value;
     RequestSum whole = place_requests();
-    if (total.share && !packing_pays(p, whole)) {
-      total.share = false;
+    const bool pays = packing_pays(p, whole);
+    const bool much = total.small_rows && int64_t{whole.node_units} * p.num_kv_heads > kSmallRowUnits * plan.num_ctas;
+    if (total.share && (!pays || much)) {
+      total.share = pays;
+      total.small_rows = false;
       whole = place_requests();
     }
     total.packed_rows = whole.node_rows;
@@ -207,7 +214,7 @@ class Builder {
 
  private:
   FLASHCORE_TEAM RequestSum place_requests() {
-    const bool share = total.share;
+    const bool share = total.share, small = total.small_rows;
     RequestSum nodes[kMaxLevels] = {};
     return team.template scan<RequestSum>(
         p.batch + 1,
@@ -220,7 +227,7 @@ class Builder {
           const RequestRows rows(p, found, share, r);
           RequestSum sum = {0, 0, rows.own_rows(p), rows.merge_entries(p), 0, rows.own_units(), 0};
           for (int32_t level = 0; share && level < kMaxLevels; ++level) {
-            const int32_t members = links[level].members, node_rows = NodeRows(p, members).rows;
+            const int32_t members = links[level].members, node_rows = NodeRows(p, small, members).rows;
             const int32_t columns = links[level].end - (level > 0 ? links[level - 1].end : 0);
             const int32_t units = members > 0 ? units_of(columns * p.page_size) : 0;
             nodes[level] = {node_rows, members, 0, 0, node_rows * units, 0, (members - 1) * units};
@@ -283,7 +290,7 @@ class Builder {
     const int32_t owner = node / kMaxLevels;
     const int32_t begin = node % kMaxLevels > 0 ? found.chain[node - 1].end : 0;
     const int32_t members = found.chain[node].members;
-    const NodeRows rows(p, members);
+    const NodeRows rows(p, total.small_rows, members);
     const bool alike = rows.rows > 1 || members * p.group > kFewPacked;
     return dense_row(p, request_of(p, owner), owner, s.node_token[node] + rows.first(i),
                      rows.first(i + 1) - rows.first(i), begin * p.page_size, found.chain[node].end * p.page_size,

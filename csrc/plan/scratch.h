@@ -99,7 +99,7 @@ FLASHCORE_HD Found found_of(const PlanJob& p) {
 // its last or is full, and a request is in kMaxLevels nodes at most.
 FLASHCORE_HD int32_t most_rows(const PlanJob& p) {
   const int32_t ends = p.batch + p.num_tokens / p.by_row, own = ends < p.num_tokens ? ends : p.num_tokens;
-  const int32_t packed = shares_pages(p) ? p.batch + kMaxLevels * p.batch / p.by_row : 0;
+  const int32_t packed = shares_pages(p) ? p.batch + kMaxLevels * p.batch / p.by_small_row : 0;
   return own + packed < p.plan.max_rows ? own + packed : p.plan.max_rows;
 }
 

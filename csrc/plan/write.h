@@ -50,7 +50,7 @@ struct Writer {
     for (int32_t level = 0; level < rows.levels; ++level) {
       const Link link = found.chain[r * kMaxLevels + level];
       const int32_t node = link.owner * kMaxLevels + level, rank = link.rank;
-      const NodeRows in_node(p, found.chain[node].members);
+      const NodeRows in_node(p, total.small_rows, found.chain[node].members);
       const int32_t i_row = in_node.row_of(rank);
       plan.row_tokens[s.node_token[node] + rank] = t;
       write_merge(entry++, s.node_row[node] + i_row, rank - in_node.first(i_row));

@@ -44,7 +44,6 @@ struct Case {
   std::vector<int> kv_lens;
   int num_qo_heads = 32, num_kv_heads = 8, head_dim = 128, page_size = 64;
   DType dtype = DType::bf16;
-  std::vector<int> q_lens = {};    // default: one token a request
   std::vector<Level> levels = {};  // shared prefixes, outermost first
   int window_left = -1;
   float cap = 0.0f;
@@ -177,11 +176,10 @@ struct Problem {
 void build(Problem& problem, const Case& c, const Options& options, bool poison) {
   const int batch = c.kv_lens.size();
   const int group = c.num_qo_heads / c.num_kv_heads;
-  std::vector<int> q_lens = c.q_lens.empty() ? std::vector<int>(batch, 1) : c.q_lens;
   std::vector<int> qo_indptr = {0}, kv_indptr = {0}, last_page_len, kv_indices;
   for (int r = 0; r < batch; ++r) {
-    qo_indptr.push_back(qo_indptr.back() + q_lens[r]);
-    for (int i = 0; i < q_lens[r]; ++i) problem.token_request.push_back(r);
+    qo_indptr.push_back(r + 1);
+    problem.token_request.push_back(r);
     const int pages = (c.kv_lens[r] + c.page_size - 1) / c.page_size;
     kv_indptr.push_back(kv_indptr.back() + pages);
     last_page_len.push_back(pages ? c.kv_lens[r] - (pages - 1) * c.page_size : 0);
@@ -293,7 +291,7 @@ void build(Problem& problem, const Case& c, const Options& options, bool poison)
   p.causal = c.causal;
   p.window_left = c.window_left;
   p.dtype = c.dtype;
-  p.decode = c.q_lens.empty();
+  p.decode = 1;
   p.free_cuts = c.split_keys == 0;
   CUDA_CHECK(cudaDeviceGetAttribute(&p.num_sms, cudaDevAttrMultiProcessorCount, 0));
 
@@ -336,7 +334,6 @@ std::vector<std::pair<const char*, Kernel>> kernels(const AttendParams& p) {
     return {{"either", decode90::run_cluster_or_few}, {"few", decode90::run_few}};
   }
   if (!decode90::are_few(decode90::make_params(p))) {
-    if (!p.decode) return {{"many", decode90::run_many}};
     return {{"either", decode90::run_either}, {"many", decode90::run_many}};
   }
   return {{"few", decode90::run_few}, {"many", decode90::run_many}};
@@ -380,7 +377,7 @@ bool check(const Case& c, const Options& options) {
   };
   // Where no tile has more than 16 queries, both kernels give the same bits.
   const auto choices = kernels(p);
-  const bool tall = problem.counts[kRowsPacked] > 0 || !c.q_lens.empty();
+  const bool tall = problem.counts[kRowsPacked] > 0;
   if (choices.size() > 1 && !tall && !decode90::fits_cluster_alone(decode90::make_params(p))) {
     run_once(choices[1].second, out);
     run_once(choices[0].second, again);
@@ -479,16 +476,6 @@ std::vector<Case> check_cases() {
   cases.push_back({.name = "window 100", .kv_lens = ragged, .window_left = 100});
   cases.push_back({.name = "window 0", .kv_lens = ragged, .window_left = 0});
   cases.push_back({.name = "window 700 page 128", .kv_lens = ragged, .page_size = 128, .window_left = 700});
-  cases.push_back(
-      {.name = "several query tokens", .kv_lens = {5, 100, 777, 1000, 64, 2000}, .q_lens = {5, 3, 16, 40, 1, 2}});
-  cases.push_back({.name = "several query tokens, window",
-                   .kv_lens = {5, 100, 777, 1000, 64, 2000},
-                   .q_lens = {5, 3, 16, 40, 1, 2},
-                   .window_left = 50});
-  cases.push_back({.name = "several query tokens, not causal",
-                   .kv_lens = {5, 100, 777, 1000, 64, 2000},
-                   .q_lens = {5, 3, 16, 40, 1, 2},
-                   .causal = 0});
   cases.push_back({.name = "split every 256 keys", .kv_lens = ragged, .split_keys = 256});
   cases.push_back({.name = "interleaved cache", .kv_lens = ragged, .interleaved = true});
   cases.push_back({.name = "1 x 20000", .kv_lens = {20000}});
@@ -556,8 +543,6 @@ std::vector<Case> check_cases() {
                      .head_dim = 64,
                      .levels = {{batch, 1024}, {(batch + 1) / 2, 512}}});
   }
-  cases.push_back({.name = "few query tokens", .kv_lens = {300, 70}, .q_lens = {5, 3}});
-  cases.push_back({.name = "few query tokens, window", .kv_lens = {300, 70}, .q_lens = {5, 3}, .window_left = 20});
   cases.push_back({.name = "many short", .kv_lens = std::vector<int>(300, 130)});
   return cases;
 }
