@@ -35,7 +35,7 @@ class Config(BaseSettings):
         "auto", description="kernel; auto: the best one for shape and device"
     )
     page_size: int = Field(64, ge=1, le=1024, description="tokens in a page, when the server is given no --page-size")
-    share_prefixes: bool = Field(True, description="read pages that requests share once")
+    share_prefixes: bool = Field(True, description="read pages that requests share once, where that is faster")
     deterministic: bool = Field(False, description="results do not depend on the rest of the batch")
     split_keys: int = Field(4096, ge=64, multiple_of=64, description="keys in a split in deterministic mode")
     sink_tokens: int = Field(128, ge=0, description="window, topk: tokens always read at the start of a request")

@@ -17,6 +17,7 @@
 //   release at cluster scope is a MEMBAR at that of the GPU.
 // - Queries asked for ahead of the keys: 0.4 us to 1.1 us; the other kernel, 0 to 0.4 us.
 // - Sums over as many rows as there can be, not over 32: 0.3 us where there is one.
+// - Beside the other kernel, which leaves (run_cluster_or_few), 8 x 1K takes 16.1 instead of 15.0, the other one 17.6.
 // - Two ways through a tile, for up to 8 and up to 16 queries: 1.1 us at 4 x 1K.
 // - Not enough SMs: packed rows of 17 to 32 queries, which the arithmetic bounds (8 x 32K, 30K of it shared: 86 us as
 //   two rows of 16, the other kernel 59); 9 to 16 requests with a common start that is not packed, which L2 gives to
