@@ -193,21 +193,35 @@ cudaError_t run_many(const Params& params) {
 }
 
 // The kernel that the plan asks for: both in a row, of which one leaves.
-cudaError_t run_either(const Params& params) {
-  Params part = params;
-  part.serves = Serves::sharing;
-  const cudaError_t error = run_many(part);
-  part.serves = Serves::not_sharing;
-  return error == cudaSuccess ? run_few(part) : error;
+struct Part {
+  cudaError_t (*run)(const Params&);
+  Serves serves;
+};
+cudaError_t run_both(Params params, const Part& first, const Part& second) {
+  params.serves = first.serves;
+  const cudaError_t error = first.run(params);
+  params.serves = second.serves;
+  return error == cudaSuccess ? second.run(params) : error;
 }
 
-// Likewise, for few requests. A cluster a KV head takes half of the SMs, so that the other kernel leaves beside it.
+cudaError_t run_either(const Params& params) {
+  return run_both(params, {run_many, Serves::sharing}, {run_few, Serves::not_sharing});
+}
+
+// A cluster a KV head takes half of the SMs, so that the other kernel leaves beside it.
 cudaError_t run_cluster_or_few(const Params& params) {
-  Params part = params;
-  part.serves = Serves::not_sharing;
-  const cudaError_t error = run_cluster(part);
-  part.serves = Serves::sharing;
-  return error == cudaSuccess ? run_few(part) : error;
+  return run_both(params, {run_cluster, Serves::not_sharing}, {run_few, Serves::sharing});
+}
+
+Way way_of(const Params& params) {
+  const AttendParams& p = params.attend;
+  if (fits_cluster(params)) {
+    return fits_packed_rows(params) ? Way{run_cluster, Merges::none} : Way{run_cluster_or_few, Merges::packed};
+  }
+  if (are_few(params) || are_alone(params)) return {run_few, Merges::all};
+  // Behind select (lists_begin) there is no room for two: the first one must not end before select does.
+  const bool either = p.lists_begin == 0 && has_short_strides(p);
+  return {either ? run_either : run_many, Merges::all};
 }
 
 }  // namespace decode90
@@ -223,19 +237,11 @@ int run_attend_wgmma_sm90_decode(const AttendParams& p) {
     return cudaErrorInvalidValue;
   }
   const Params params = make_params(p);
-  if (fits_cluster(params)) return run_cluster(params);
-  if (fits_cluster_alone(params)) return run_cluster_or_few(params);
-  if (are_few(params) || are_alone(params)) return run_few(params);
-  // Behind select (lists_begin) there is no room for two: the first one must not end before select does.
-  const bool either = p.lists_begin == 0 && has_short_strides(p);
-  return either ? run_either(params) : run_many(params);
+  return way_of(params).run(params);
 }
 
 int wgmma_sm90_decode_merges(const AttendParams& p) {
-  using namespace decode90;
-  const Params params = make_params(p);
-  if (fits_cluster(params)) return static_cast<int>(Merges::none);
-  return static_cast<int>(fits_cluster_alone(params) ? Merges::packed : Merges::all);
+  return static_cast<int>(decode90::way_of(decode90::make_params(p)).merges);
 }
 
 }  // namespace flashcore

@@ -11,9 +11,16 @@ Params make_params(const AttendParams&);
 
 cudaError_t run_many(const Params&);            // any plan
 cudaError_t run_few(const Params&);             // at most kFewQueries packed queries in all, or a request
-cudaError_t run_cluster(const Params&);         // decode of few requests, merged: nothing is left for the merge
-cudaError_t run_either(const Params&);          // decode of any number: run_many where pages are shared, else run_few
-cudaError_t run_cluster_or_few(const Params&);  // decode: run_few where pages are shared, else run_cluster
+cudaError_t run_cluster(const Params&);         // few requests, merged: nothing is left for the merge
+cudaError_t run_either(const Params&);          // any number: run_many where pages are shared, else run_few
+cudaError_t run_cluster_or_few(const Params&);  // run_few where pages are shared, else run_cluster
+
+// What runs a step, and what that leaves for the merge.
+struct Way {
+  cudaError_t (*run)(const Params&);
+  Merges merges;
+};
+Way way_of(const Params&);
 
 bool has_short_strides(const AttendParams&);  // what run_few and run_either need of the cache
 inline bool are_few(const Params& params) {
@@ -26,8 +33,7 @@ inline bool are_alone(const Params& params) {
   return !p.plan.may_pack() && params.group <= kFewQueries && has_short_strides(p);
 }
 
-// Whether run_cluster can run it, here: any plan, or those that share nothing.
-bool fits_cluster(const Params&);
-bool fits_cluster_alone(const Params&);
+bool fits_cluster(const Params&);      // whether run_cluster can run it, here, if the plan shares nothing
+bool fits_packed_rows(const Params&);  // and if it does, or it cannot
 
 }  // namespace flashcore::decode90

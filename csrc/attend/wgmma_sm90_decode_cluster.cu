@@ -57,8 +57,9 @@ auto dispatch(const Params& params, const F& f) {
                                 : by_head_dim.template operator()<__half>();
 }
 
-// Whether packed rows fit, or there can be none.
-bool fits_packed(const Params& params) {
+}  // namespace
+
+bool fits_packed_rows(const Params& params) {
   const AttendParams& p = params.attend;
   if (!p.plan.may_pack()) return true;
   const int queries = p.num_tokens * params.group;
@@ -67,18 +68,14 @@ bool fits_packed(const Params& params) {
          p.num_kv_heads * kClusterCtas * far_queries <= p.plan.max_partials;
 }
 
-}  // namespace
-
-bool fits_cluster_alone(const Params& params) {
+bool fits_cluster(const Params& params) {
   const AttendParams& p = params.attend;
   // Behind select the kernel must not leave before that is over, and the other one finds no room.
   return p.free_cuts && p.num_kv_heads == kClusterHeads && p.batch <= kClusterBatch && params.group <= kShortQueries &&
          p.num_tokens * params.group <= kFewQueries && has_short_strides(p) &&
-         (p.lists_begin == 0 || fits_packed(params)) &&
+         (p.lists_begin == 0 || fits_packed_rows(params)) &&
          dispatch(params, [&](auto launcher) { return launcher.fits(p); });
 }
-
-bool fits_cluster(const Params& params) { return fits_packed(params) && fits_cluster_alone(params); }
 
 cudaError_t run_cluster(const Params& params) {
   const FewParams few(params);
