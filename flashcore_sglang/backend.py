@@ -289,12 +289,9 @@ class FlashcoreBackend(AttentionBackend):
             num_pages=self.num_pages,
             num_kv_heads=self.num_kv_heads,
             group=self.num_qo_heads // self.num_kv_heads,
-            rows_per_tile=choice.tiling.rows_per_tile,
-            num_ctas=choice.num_ctas,
-            pairs_per_cta=choice.tiling.pairs_per_cta,
-            pack_keys=choice.tiling.pack_keys,
             page_size=self.page_size,
             split_keys=self.options.split_keys,
+            **choice.plan_sizes,
         )
         matmuls = self._make_matmuls() if choice.variant.name == "cublaslt" else None
         return Phase(name, choice, self.options, capacity, self.head_dim, self.device, self.summaries, matmuls)

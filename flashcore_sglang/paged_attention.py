@@ -293,14 +293,11 @@ class PagedAttention:
             num_pages=self._size("max_pages", num_pages, "num_pages"),
             num_kv_heads=shape.num_kv_heads,
             group=shape.group,
-            rows_per_tile=choice.tiling.rows_per_tile,
-            num_ctas=choice.num_ctas,
             sparse_pages=options.sparse_pages(batch, shape.num_kv_heads),
             share=options.share,
             page_size=shape.page_size,
             split_keys=options.split_keys,
-            pairs_per_cta=choice.tiling.pairs_per_cta,
-            pack_keys=choice.tiling.pack_keys,
+            **choice.plan_sizes,
         )
         return _Layout(shape.num_qo_heads, shape.head_dim, dtype, options, capacity, choice)
 

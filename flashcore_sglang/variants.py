@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal, TypedDict, get_args
 
 from flashcore_sglang import measured
 
@@ -171,6 +171,15 @@ class Device:
         return self.kind if self.sm is None else f"{self.kind} sm_{self.sm[0]}{self.sm[1]}"
 
 
+class PlanSizes(TypedDict):
+    """What a kernel asks of plans; fields of ``planner.Capacity``."""
+
+    rows_per_tile: int
+    num_ctas: int
+    pairs_per_cta: int
+    pack_keys: int
+
+
 @dataclass(frozen=True)
 class Choice:
     """A variant with its tiling, why it was taken, and why each better one was passed over.
@@ -186,6 +195,17 @@ class Choice:
     num_ctas: int
     why: str = ""
     reasons: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def plan_sizes(self) -> PlanSizes:
+        """For the ``Capacity`` of its plans."""
+        t = self.tiling
+        return {
+            "rows_per_tile": t.rows_per_tile,
+            "num_ctas": self.num_ctas,
+            "pairs_per_cta": t.pairs_per_cta,
+            "pack_keys": t.pack_keys,
+        }
 
 
 def unavailable(variant: Variant, device: Device) -> str | None:

@@ -129,11 +129,9 @@ class Step:
             num_pages=k.shape[0],
             num_kv_heads=h.kv,
             group=h.qo // h.kv,
-            rows_per_tile=choice.tiling.rows_per_tile,
-            num_ctas=choice.num_ctas,
             sparse_pages=options.sparse_pages(case.batch, h.kv),
             page_size=case.page_size,
-            pack_keys=choice.tiling.pack_keys,
+            **choice.plan_sizes,
         )
         self.case, self.capacity = case, capacity
         self.q, self.k, self.v = q, k, v
