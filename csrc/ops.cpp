@@ -51,13 +51,22 @@ STABLE_TORCH_LIBRARY(flashcore, m) {
       "int max_kv_len=0, bool fp32_scores=True, int lists_begin=0, "
       "bool free_cuts=False) -> ()");
   m.def(
-      "summarize(Tensor k_cache, Tensor kv_indptr, Tensor kv_indices, Tensor last_page_len, Tensor first_page, "
+      "summarize(Tensor k_cache, Tensor kv_indptr, Tensor kv_indices, Tensor last_page_len, Tensor? first_page, "
       "int max_columns, int summary_kind, Tensor(a!) summaries) -> ()");
   m.def(
-      "select(Tensor q, Tensor k_cache, Tensor(a!)[] plan, Tensor(b!) summaries, Tensor(c!) scores, int max_columns, "
-      "int summary_kind, int group_reduction, float std_weight, float sm_scale, int mass_share, int sink_pages, int "
-      "recent_pages, "
-      "int budget_pages, int budget_share, int list_pages, int sparse_begin) -> ()");
+      "store(Tensor k, Tensor v, Tensor slots, Tensor? qo_indptr, Tensor(a!) k_cache, Tensor(b!) v_cache, "
+      "Tensor kv_indptr, Tensor kv_indices, Tensor last_page_len, Tensor? first_page, int max_columns, "
+      "int summary_kind, Tensor(c!) summaries) -> ()");
+  m.def(
+      "select(Tensor q, Tensor k_cache, Tensor(a!)[] plan, Tensor summaries, Tensor(b!) scores, int max_columns, "
+      "int summary_kind, int group_reduction, float std_weight, float sm_scale, int mass_share, int sink_pages, "
+      "int recent_pages, int budget_pages, int budget_share, int list_pages, int sparse_begin) -> ()");
+  m.def(
+      "select_attend(Tensor q, Tensor k_cache, Tensor v_cache, Tensor(a!)[] plan, Tensor(b!) partial_o, "
+      "Tensor(c!) partial_lse, Tensor(d!) out, Tensor(e!)? lse, int rows_per_tile, float sm_scale, "
+      "float logits_soft_cap, str variant, bool free_cuts, Tensor summaries, Tensor(f!) scores, int max_columns, "
+      "int summary_kind, int group_reduction, float std_weight, int mass_share, int sink_pages, int recent_pages, "
+      "int budget_pages, int budget_share, int list_pages, int sparse_begin, bool behind_store) -> ()");
   m.def(
       "cublaslt_workspace(int batch, int max_qo_len, int max_kv_len, int num_kv_heads, int group, int head_dim, "
       "bool fp16, bool causal, bool fp32_scores, int matmul_bytes) -> int");
@@ -67,13 +76,15 @@ STABLE_TORCH_LIBRARY(flashcore, m) {
   m.def("build_info() -> str");
 }
 
-#define FLASHCORE_REGISTER(key)                              \
-  STABLE_TORCH_LIBRARY_IMPL(flashcore, key, m) {             \
-    m.impl("page_table", TORCH_BOX(&flashcore::page_table)); \
-    m.impl("plan", TORCH_BOX(&flashcore::plan));             \
-    m.impl("attend", TORCH_BOX(&flashcore::attend));         \
-    m.impl("summarize", TORCH_BOX(&flashcore::summarize));   \
-    m.impl("select", TORCH_BOX(&flashcore::select));         \
+#define FLASHCORE_REGISTER(key)                                    \
+  STABLE_TORCH_LIBRARY_IMPL(flashcore, key, m) {                   \
+    m.impl("page_table", TORCH_BOX(&flashcore::page_table));       \
+    m.impl("plan", TORCH_BOX(&flashcore::plan));                   \
+    m.impl("attend", TORCH_BOX(&flashcore::attend));               \
+    m.impl("summarize", TORCH_BOX(&flashcore::summarize));         \
+    m.impl("store", TORCH_BOX(&flashcore::store));                 \
+    m.impl("select", TORCH_BOX(&flashcore::select));               \
+    m.impl("select_attend", TORCH_BOX(&flashcore::select_attend)); \
   }
 FLASHCORE_REGISTER(CPU)
 #ifdef FLASHCORE_WITH_CUDA

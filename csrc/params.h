@@ -197,13 +197,30 @@ struct SummarizeParams {
   void* stream;
 };
 
+// Keys and values of new tokens, to be written to the slots that they have in the cache: page * page_size + offset.
+struct NewTokens {
+  const void* k;  // [num_tokens, num_kv_heads, head_dim], as v; nullptr: they are in the cache already
+  const void* v;
+  const int64_t* slots;      // [num_tokens]
+  const int32_t* qo_indptr;  // [batch + 1] tokens of each request, the last ones of its sequence; nullptr: one each
+  int64_t k_stride_token, k_stride_head, v_stride_token, v_stride_head;
+};
+
+// Stores new tokens and brings the summaries of their requests' pages up to date: without first_page that of the last
+// page, where a step of one token each has filled it.
+struct StoreParams {
+  SummarizeParams pages;
+  NewTokens tokens;
+  void* v;  // the cache's, as pages.k
+  int64_t v_stride_page, v_stride_token, v_stride_head;
+};
+
 // How the scores of a KV head's query heads become one.
 enum class GroupReduction : int32_t { max = 0, mean = 1, logsumexp = 2 };
 
 // Scores every page of each sparse request for each KV head and writes the chosen ones, in the order of the sequence,
-// into the sparse part of kv_indices. Requests within the budget are left alone: their rows are dense. Before that, a
-// page that the step has filled gets its summary: until then it is the last one, which is read without a score. Where
-// top-p makes a list shorter than the plan has it, the tiles of its KV head end with it.
+// into the sparse part of kv_indices. Requests within the budget are left alone: their rows are dense. Where top-p
+// makes a list shorter than the plan has it, the tiles of its KV head end with it.
 struct SelectParams {
   Plan plan;
   SummarizeParams pages;  // its kv_indptr, kv_indices and last_page_len are the plan's, first_page is nullptr
@@ -219,13 +236,20 @@ struct SelectParams {
   int32_t num_sms;
 };
 
+// A decode layer that selects its pages and attends to them.
+struct SelectAttendParams {
+  SelectParams select;
+  AttendParams attend;
+  int32_t behind_store;  // 1: the launch before stores the layer's new keys and values (run_store_cuda)
+};
+
 // Every run_* returns 0 or a cudaError_t (CPU: 0).
 int run_page_table_cuda(const PageTableParams&);
 int run_page_table_cpu(const PageTableParams&);
 int run_plan_cuda(const PlanParams&);
 int run_plan_cpu(const PlanParams&);
-int run_summarize_cuda(const SummarizeParams&);
-int run_summarize_cpu(const SummarizeParams&);
+int run_store_cuda(const StoreParams&);
+int run_store_cpu(const StoreParams&);
 int run_select_cuda(const SelectParams&);
 int run_select_cpu(const SelectParams&);
 
@@ -233,6 +257,9 @@ int run_select_cpu(const SelectParams&);
 int run_attend_wmma_sm80(const AttendParams&);
 int run_attend_wgmma_sm90_decode(const AttendParams&);
 int wgmma_sm90_decode_merges(const AttendParams&);  // a Merges
+// One launch for select, attend and merge, for the layers that wgmma_sm90_decode_selects.
+bool wgmma_sm90_decode_selects(const SelectAttendParams&);
+int run_select_attend_wgmma_sm90_decode(const SelectAttendParams&);
 int run_attend_wgmma_sm90_prefill(const AttendParams&);
 int run_attend_cublaslt(const AttendParams&);
 int run_attend_cpu(const AttendParams&);

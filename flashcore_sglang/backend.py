@@ -213,15 +213,18 @@ class FlashcoreBackend(AttentionBackend):
         assert phase is not None  # SGLang calls init_forward_metadata first
         window = _window(layer)
 
-        if save_kv_cache and k is not None and v is not None:
-            keys, values = (self._heads(tensor, self.num_kv_heads) for tensor in (k, v))
-            self.token_to_kv_pool.set_kv_buffer(layer, forward_batch.out_cache_loc, keys, values)
         k_cache = self._paged(self.token_to_kv_pool.get_key_buffer(layer.layer_id))
         v_cache = self._paged(self.token_to_kv_pool.get_value_buffer(layer.layer_id))
         queries = self._heads(q, self.num_qo_heads)
         out = self._output(queries, forward_batch)
 
-        phase.after_store(window, layer.layer_id, k_cache)
+        if save_kv_cache and k is not None and v is not None:
+            new_k, new_v = (self._heads(tensor, self.num_kv_heads) for tensor in (k, v))
+            slots = forward_batch.out_cache_loc
+            if not phase.store(window, layer.layer_id, new_k, new_v, slots, k_cache, v_cache):
+                self.token_to_kv_pool.set_kv_buffer(layer, slots, new_k, new_v)
+        else:
+            phase.after_store(window, layer.layer_id, k_cache)
         used = phase.num_tokens
         if used < queries.shape[0]:  # padded, under DP attention, with tokens of no request
             out[used:].zero_()

@@ -51,16 +51,40 @@ class Kernel:
         logits_soft_cap: float,
         decode: bool,
         parts: Iterable[Part] | None = None,
+        selection: ops.Selection | None = None,
+        behind_store: bool = False,
     ) -> None:
-        """``ops.attend`` over ``plan``, or over its ``parts`` one after the other where some are given."""
+        """``ops.attend`` over ``plan``, or over its ``parts`` one after the other where some are given.
+
+        With a ``selection`` it is ``ops.select_attend``, of a decode batch without a window.
+        """
+        partials = self.partial_o[: plan.max_partials], self.partial_lse[: plan.max_partials]
+        if selection is not None:
+            plan.selecting = False  # for the layers behind it
+            ops.select_attend(
+                q,
+                k_cache,
+                v_cache,
+                plan.tensors(),
+                *partials,
+                out,
+                lse,
+                selection=selection,
+                rows_per_tile=self.choice.tiling.rows_per_tile,
+                sm_scale=sm_scale,
+                logits_soft_cap=logits_soft_cap,
+                variant=self.choice.variant.name,
+                free_cuts=plan.free_cuts,
+                behind_store=behind_store,
+            )
+            return
         for tensors, more in [(plan.tensors(), {})] if parts is None else parts:
             ops.attend(
                 q,
                 k_cache,
                 v_cache,
                 tensors,
-                self.partial_o[: plan.max_partials],
-                self.partial_lse[: plan.max_partials],
+                *partials,
                 out,
                 lse,
                 rows_per_tile=self.choice.tiling.rows_per_tile,

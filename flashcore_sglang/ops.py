@@ -16,7 +16,7 @@ import torch
 
 from flashcore_sglang._load import load_library
 
-NAMES = ("page_table", "plan", "attend", "summarize", "select")
+NAMES = ("page_table", "plan", "attend", "summarize", "store", "select", "select_attend")
 # of q, k and v, as variants.Shape names them
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
@@ -55,6 +55,30 @@ class SparseRows(NamedTuple):
     budget_share: int
     list_pages: int
     begin: int
+
+
+class Selection(NamedTuple):
+    """How a layer selects its pages: what `select` and `select_attend` take, in the order of the ops' arguments.
+
+    Attributes:
+        summaries: ``[num_pages, num_kv_heads, vectors, head_dim]`` of the layer, see `summarize`.
+        scores: fp32, at least ``batch * num_kv_heads * max_columns``: scratch.
+        max_columns: pages of a request at most.
+        summary_kind: ``planner.SummaryKind``.
+        group_reduction: ``planner.GroupReduction``: one score of a KV head's query heads.
+        std_weight: of the deviation, for kind mean_std.
+        mass_share: 65536ths of the softmax mass of a KV head's pages that are enough (top-p); 65536: read the budget.
+        sparse: the plan's.
+    """
+
+    summaries: torch.Tensor
+    scores: torch.Tensor
+    max_columns: int
+    summary_kind: int
+    group_reduction: int
+    std_weight: float
+    mass_share: int
+    sparse: SparseRows
 
 
 class CublasLtShape(NamedTuple):
@@ -236,7 +260,7 @@ def summarize(
     kv_indptr: torch.Tensor,
     kv_indices: torch.Tensor,
     last_page_len: torch.Tensor,
-    first_page: torch.Tensor,
+    first_page: torch.Tensor | None,
     summaries: torch.Tensor,
     *,
     max_columns: int,
@@ -247,12 +271,57 @@ def summarize(
     Args:
         k_cache: ``[pages, page_size, kv_heads, head_dim]``.
         kv_indptr, kv_indices, last_page_len: the CSR page table of the batch, int32.
-        first_page: int32 ``[batch]`` page column of each request from which on pages changed.
+        first_page: int32 ``[batch]`` page column of each request from which on pages changed. None: the last one, where
+            it is full, as after a step of one token each.
         summaries: out, ``[pages, kv_heads, vectors, head_dim]`` of the dtype of ``k_cache`` or float8_e4m3fn.
         max_columns: bound on the pages of a request.
         summary_kind: a ``SummaryKind``; mean has one vector, the others two.
     """
     library().summarize(k_cache, kv_indptr, kv_indices, last_page_len, first_page, max_columns, summary_kind, summaries)
+
+
+def store(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    slots: torch.Tensor,
+    qo_indptr: torch.Tensor | None,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    kv_indptr: torch.Tensor,
+    kv_indices: torch.Tensor,
+    last_page_len: torch.Tensor,
+    first_page: torch.Tensor | None,
+    summaries: torch.Tensor,
+    *,
+    max_columns: int,
+    summary_kind: int,
+) -> None:
+    """Writes new keys and values to their slots and, in the same launch, what `summarize` would behind it.
+
+    Args:
+        k, v: ``[tokens, kv_heads, head_dim]`` of the new tokens, the last ones of their requests' sequences.
+        slots: int64 ``[tokens]`` page * page_size + offset of each.
+        qo_indptr: int32 ``[batch + 1]`` new tokens of each request; None, with ``first_page``: one each.
+        k_cache, v_cache: out, ``[pages, page_size, kv_heads, head_dim]``.
+        kv_indptr, kv_indices, last_page_len: the CSR page table of the batch, int32, the new tokens included.
+        first_page, summaries, max_columns, summary_kind: as in `summarize`. New tokens lie in no page before
+            ``first_page``.
+    """
+    library().store(
+        k,
+        v,
+        slots,
+        qo_indptr,
+        k_cache,
+        v_cache,
+        kv_indptr,
+        kv_indices,
+        last_page_len,
+        first_page,
+        max_columns,
+        summary_kind,
+        summaries,
+    )
 
 
 def select(
@@ -272,7 +341,7 @@ def select(
 ) -> None:
     """Writes the pages that each sparse request and KV head reads into the sparse part of ``kv_indices``.
 
-    The last page of a request is always read; where the batch's tokens have filled it, it gets its summary.
+    The last page of a request is always read, whether it has a summary or not.
 
     Args:
         q: ``[batch, heads, head_dim]``, one token of each request.
@@ -303,6 +372,53 @@ def select(
         sm_scale,
         mass_share,
         *sparse,
+    )
+
+
+def select_attend(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    plan: Sequence[torch.Tensor],
+    partial_o: torch.Tensor,
+    partial_lse: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor | None = None,
+    *,
+    selection: Selection,
+    rows_per_tile: int,
+    sm_scale: float,
+    logits_soft_cap: float,
+    variant: str,
+    free_cuts: bool,
+    behind_store: bool = False,
+) -> None:
+    """``select`` and causal ``attend`` of a decode batch: of one launch where the variant has a kernel for both.
+
+    Args:
+        q, k_cache, v_cache, plan, partial_o, partial_lse, out, lse, rows_per_tile, sm_scale, logits_soft_cap, variant,
+            free_cuts: as in ``attend``.
+        selection: as in ``select``.
+        behind_store: whether a ``store`` of this layer, of one token each, was the last op of these caches, and
+            whatever it and this one read has been ready before it. The launch may then begin beside it.
+    """
+    library().select_attend(
+        q,
+        k_cache,
+        v_cache,
+        plan,
+        partial_o,
+        partial_lse,
+        out,
+        lse,
+        rows_per_tile,
+        sm_scale,
+        logits_soft_cap,
+        variant,
+        free_cuts,
+        *selection[:-1],
+        *selection.sparse,
+        behind_store,
     )
 
 

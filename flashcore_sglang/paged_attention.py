@@ -249,7 +249,7 @@ class PagedAttention:
         self._captured = self._captured or (q.is_cuda and torch.cuda.is_current_stream_capturing())
         if layout.options.policy is Policy.TOPK:
             self._planner.after_store(0, k_cache, self._first_page[: self._planner.plan.batch])
-        plan = self._planner.for_layer(0, q, k_cache, settings.sm_scale)
+        plan = self._planner.plan_of(0)
         parts = self._workspace.calls(plan.tensors(), settings.runs, lse is not None) if settings.runs else None
         self._kernel.attend(
             plan,
@@ -264,6 +264,7 @@ class PagedAttention:
             logits_soft_cap=settings.logits_soft_cap,
             decode=settings.decode,
             parts=parts,
+            selection=self._planner.selection_of(0),
         )
         if not return_lse:
             return out

@@ -88,6 +88,7 @@ class Phase:
         self._summaries = summaries
         self._matmuls = matmuls
         self._batch: Batch | None = None
+        self._behind_store: int | None = None  # the layer whose K and V were stored just before, in a decode step
         self._allocate(replace(capacity, share=self._options.share))
 
     @property
@@ -137,19 +138,42 @@ class Phase:
             self._plan(self._batch, window)
         return self._planners[window]
 
-    def after_store(self, window: int, layer_id: int, k_cache: torch.Tensor) -> None:
-        """Brings the summaries up to date once the new K of a layer is in ``k_cache``.
+    def store(
+        self,
+        window: int,
+        layer_id: int,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        slots: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+    ) -> bool:
+        """Stores the new K and V of a layer that has summaries and brings these up to date; False: it has none.
 
-        A decode step changes the last page of each request, which its planner sees to. An extend may have been given
-        pages that held other keys before, or have got its prefix from the radix cache: it rebuilds all pages of its
-        requests.
+        Args:
+            k, v: ``[tokens, kv_heads, head_dim]``, at least the batch's tokens.
+            slots: int64, where each of them belongs in ``k_cache`` and ``v_cache`` ``[pages, page_size, ...]``.
         """
-        planner = self.planner(window)
-        if self.decode:
-            planner.after_store(layer_id, k_cache)
-        elif self._summaries is not None and window < 0:
-            assert self._batch is not None
-            self._summaries.update(planner.plan, layer_id, k_cache, self._first_pages[: self._batch.size])
+        if self._summaries is None or window >= 0:
+            return False
+        plan, used = self.planner(window).plan, self.num_tokens
+        new = k[:used], v[:used], slots[:used]
+        stored = self._summaries.store(plan, layer_id, *new, k_cache, v_cache, self._changed_from())
+        self._behind_store = layer_id if stored and self.decode else None
+        return stored
+
+    def after_store(self, window: int, layer_id: int, k_cache: torch.Tensor) -> None:
+        """Brings the summaries of a layer up to date whose new K is in ``k_cache`` already."""
+        if self._summaries is not None and window < 0:
+            self._summaries.update(self.planner(window).plan, layer_id, k_cache, self._changed_from())
+
+    def _changed_from(self) -> torch.Tensor | None:
+        """The page column from which on K changed.
+
+        A decode step changes the last page of each request (None). An extend may have been given pages that held other
+        keys before, or have got its prefix from the radix cache: all pages of its requests have.
+        """
+        return None if self.decode or self._batch is None else self._first_pages[: self._batch.size]
 
     def attend(
         self,
@@ -164,7 +188,9 @@ class Phase:
         logits_soft_cap: float,
     ) -> None:
         """Causal attention of a layer, as planned. q and out ``[num_tokens, heads, head_dim]``, out is contiguous."""
-        plan = self.planner(window).for_layer(layer_id, q, k_cache, sm_scale)
+        planner = self.planner(window)
+        plan = planner.plan_of(layer_id)
+        behind_store, self._behind_store = self._behind_store == layer_id, None
         self.kernel.attend(
             plan,
             q,
@@ -177,6 +203,8 @@ class Phase:
             logits_soft_cap=logits_soft_cap,
             decode=self.decode,
             parts=None if self._matmuls is None else self._matmuls.calls(plan.tensors()),
+            selection=planner.selection_of(layer_id),
+            behind_store=behind_store,
         )
 
     def _plan(self, batch: Batch, window: int) -> None:

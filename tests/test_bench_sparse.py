@@ -85,7 +85,7 @@ def test_attention_beside_select_reads_what_select_writes(device: str) -> None:
     for _ in range(8):
         sparse.q.normal_()
         beside = sparse.run().clone()
-        behind = sparse.attend(replace(sparse.planner.plan, selecting=False))
+        behind = sparse.reuse()
         assert torch.equal(beside, behind)
 
 

@@ -48,6 +48,15 @@ def test_summarize() -> None:
     torch.library.opcheck(ops.library().summarize.default, args, test_utils=CHECKS)
 
 
+def test_store() -> None:
+    caches = torch.randn(4, 16, 2, 64), torch.randn(4, 16, 2, 64)
+    new = torch.randn(5, 2, 64), torch.randn(5, 2, 64), torch.tensor([32, 33, 34, 62, 63])
+    table = (indptr([2, 2]), torch.tensor([0, 2, 1, 3], dtype=torch.int32), torch.tensor([3, 16], dtype=torch.int32))
+    first_page = torch.zeros(2, dtype=torch.int32)
+    args = (*new, indptr([3, 2]), *caches, *table, first_page, 2, 0, torch.zeros(4, 2, 2, 64))
+    torch.library.opcheck(ops.library().store.default, args, test_utils=CHECKS)
+
+
 def test_select() -> None:
     problem = make(decode("select", 40, 3))
     plan = kit.make_plan(problem)
@@ -55,6 +64,19 @@ def test_select() -> None:
     scores = torch.zeros(2 * 2 * 8)
     args = (problem.q, problem.k_cache, plan.tensors(), summaries, scores, 8, 0, 0, 1.0, 0.125, 65536, 1, 1, 4, 0, 4)
     torch.library.opcheck(ops.library().select.default, (*args, plan.capacity.pages), test_utils=CHECKS)
+
+
+def test_select_attend() -> None:
+    case = decode("select and attend", 40, 3)
+    problem = make(case)
+    plan = kit.make_plan(problem)
+    partials = torch.empty(plan.capacity.max_partials, case.head_dim)
+    summaries = torch.randn(problem.k_cache.shape[0], 2, 2, 64).to(torch.bfloat16)
+    inputs = (problem.q, problem.k_cache.nan_to_num(), problem.v_cache.nan_to_num(), plan.tensors())
+    outputs = (partials, torch.empty(len(partials)), torch.empty_like(problem.q), torch.empty(problem.q.shape[:2]))
+    settings = (32, 0.125, 0.0, "cpu", True, summaries, torch.zeros(2 * 2 * 8), 8, 0, 0, 1.0, 65536)
+    args = (*inputs, *outputs, *settings, 1, 1, 4, 0, 4, plan.capacity.pages, False)
+    torch.library.opcheck(ops.library().select_attend.default, args, test_utils=CHECKS)
 
 
 def test_fake_tensors_never_reach_a_kernel() -> None:

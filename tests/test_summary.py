@@ -516,12 +516,15 @@ def test_logsumexp_is_of_the_logits_that_the_layer_has(device: str) -> None:
 def test_a_page_gets_its_summary_in_the_step_that_fills_it(kind: SummaryKind, device: str) -> None:
     case = Case((300, 1000, 48, 0), kind=kind)
     batch = case.batch()
-    k_cache, q = case.cache(batch.num_pages).to(device), case.query(batch.size).to(device)
+    k_cache = case.cache(batch.num_pages).to(device)
     summaries = summarize(case, batch, k_cache, batch.plan(device), [0] * batch.size)
     # Every page changes, but this step has filled only the last one of request 2: 48 keys on pages of 16.
     changed = case.cache(batch.num_pages).to(device)
     before = summaries.clone()
-    select(case, batch, q, changed, summaries)
+    plan = batch.plan(device)
+    table = plan.kv_indptr, plan.kv_indices, plan.last_page_len
+    columns = max(map(len, batch.tables))
+    ops.summarize(changed, *table, None, summaries, max_columns=columns, summary_kind=int(kind))
     fresh = summarize(case, batch, changed, batch.plan(device), [0] * batch.size)
     filled = batch.tables[2][-1]
     assert torch.equal(summaries[filled], fresh[filled])

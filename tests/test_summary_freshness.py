@@ -35,7 +35,8 @@ class Server:
     def __init__(self, device: str, seed: int) -> None:
         self.random = random.Random(seed)
         self.device = device
-        self.k = {layer: torch.randn(NUM_PAGES, PAGE, KV_HEADS, HEAD_DIM).bfloat16().to(device) for layer in LAYERS}
+        self.k = {layer: self._pages() for layer in LAYERS}
+        self.v = {layer: self._pages() for layer in LAYERS}
         self.free = list(range(1, NUM_PAGES))
         self.cached: list[int] = []  # full pages of a request that has ended, still in the radix cache
         self.running: list[Request] = []
@@ -53,6 +54,9 @@ class Server:
         self.fresh = Summaries(spec, NUM_PAGES, KV_HEADS, device)
         self.decode = self._phase("decode", options)
         self.extend = self._phase("prefill", options)
+
+    def _pages(self) -> torch.Tensor:
+        return torch.randn(NUM_PAGES, PAGE, KV_HEADS, HEAD_DIM).bfloat16().to(self.device)
 
     def _phase(self, name: variants.Phase, options: PlannerOptions) -> Phase:
         heads = KV_HEADS * GROUP
@@ -91,14 +95,29 @@ class Server:
             qo_indptr=None if phase.decode else indptr,
         )
         phase.begin(batch, [-1])
-        q = torch.randn(sum(new), KV_HEADS * GROUP, HEAD_DIM).bfloat16().to(self.device)
+        slots = torch.tensor(
+            [
+                request.pages[token // PAGE] * PAGE + token % PAGE
+                for request, count in zip(requests, new, strict=True)
+                for token in range(request.kv_len - count, request.kv_len)
+            ],
+            device=self.device,
+        )
         for layer in LAYERS:
-            for request, count in zip(requests, new, strict=True):
-                for token in range(request.kv_len - count, request.kv_len):
-                    key = torch.randn(KV_HEADS, HEAD_DIM).bfloat16()
-                    self.k[layer][request.pages[token // PAGE], token % PAGE] = key.to(self.device)
-            phase.after_store(-1, layer, self.k[layer])
-            phase.planner(-1).for_layer(layer, q, self.k[layer])
+            # More than there are tokens, as where a batch is padded; read as qkv projections leave them.
+            padded = torch.randn(sum(new) + 3, 2 * KV_HEADS, HEAD_DIM).bfloat16().to(self.device)
+            k, v = padded[:, :KV_HEADS], padded[:, KV_HEADS:]
+            expected_k, expected_v = self.k[layer].clone(), self.v[layer].clone()
+            for cache, new_rows in ((expected_k, k), (expected_v, v)):
+                cache.view(-1, KV_HEADS, HEAD_DIM)[slots] = new_rows[: sum(new)]
+            caches = self.k[layer], self.v[layer]
+            padded_slots = torch.nn.functional.pad(slots, (0, 3))
+            if self.random.random() < 0.5 or not phase.store(-1, layer, k, v, padded_slots, *caches):
+                self.k[layer].copy_(expected_k)  # by somebody else
+                self.v[layer].copy_(expected_v)
+                phase.after_store(-1, layer, self.k[layer])
+            assert torch.equal(self.k[layer], expected_k)
+            assert torch.equal(self.v[layer], expected_v)
         self.check(requests, phase)
 
     def check(self, requests: list[Request], phase: Phase) -> None:

@@ -16,20 +16,10 @@ struct Launcher {
   static constexpr int kShared = sizeof(Storage);
   static_assert(kShared <= 227 * 1024);
 
-  // Clusters that run at the same time. It takes GPCs with 8 SMs to spare, and not all GPUs, or parts of them, have 8.
-  static int most_clusters() {
-    static const int most = [] {
-      if (cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared) != cudaSuccess) return 0;
-      cudaLaunchConfig_t config{};
-      config.gridDim = dim3(kClusterCtas);
-      config.blockDim = dim3(kClusterThreads);
-      config.dynamicSmemBytes = kShared;
-      int clusters = 0;
-      return cudaOccupancyMaxActiveClusters(&clusters, kKernel, &config) == cudaSuccess ? clusters : 0;
-    }();
-    return most;
+  static bool fits(const AttendParams& p) {
+    static const int most = most_clusters(kKernel, kClusterThreads, kShared);
+    return p.num_kv_heads <= most;
   }
-  static bool fits(const AttendParams& p) { return p.num_kv_heads <= most_clusters(); }
 
   static cudaError_t run(const FewParams& params) {
     const AttendParams& p = params.attend;

@@ -44,10 +44,9 @@ __global__ void __cluster_dims__(kClusterCtas, 1, 1) __launch_bounds__(kClusterT
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int kv_head = blockIdx.x / kClusterCtas, rank = blockIdx.x % kClusterCtas;
 
-  using Storage = ClusterStorage<Traits, kN>;
   MergeItem item(params, rank + kClusterCtas * warp);
   if (threadIdx.x == 0) {
-    for (int i = 0; i < Storage::kItems; ++i) mbarrier_init(&shared.arrived[i], 1);
+    shared.pushed.init();
     mbarrier_init_fence();
   }
   cluster_arrive_relaxed();
@@ -81,10 +80,8 @@ __global__ void __cluster_dims__(kClusterCtas, 1, 1) __launch_bounds__(kClusterT
   const unsigned in = __ballot_sync(~0u, rows.is_in(first_row, lane % kClusterCtas)) & ((1u << kClusterCtas) - 1);
   const int out_row = item.token * p.num_qo_heads + kv_head * params.group + item.head_in_group;
   if (item.rows == 1 && rows.is_sole(first_row) && __popc(in) > 1) {
-    constexpr int kBytes = sizeof(shared.pushed[0][0]) + sizeof(shared.pushed_lse[0][0]);
-    if (lane == 0) mbarrier_arrive_expect_tx(&shared.arrived[warp], __popc(in) * kBytes);
-    mbarrier_wait(&shared.arrived[warp], 0);
-    merge_pushed<Traits>(shared.pushed[warp], shared.pushed_lse[warp], in, p, out_row, lane);
+    shared.pushed.wait(warp, in, lane);
+    merge_pushed(shared.pushed, warp, in, p, out_row, lane);
   }
   if (keeps) {
     __syncwarp();

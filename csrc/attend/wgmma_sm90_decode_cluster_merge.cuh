@@ -23,19 +23,45 @@ __device__ __forceinline__ int far_row(int cta, int query, int num_queries, int 
   return cta * (num_queries - near) + query - near;
 }
 
-// The partial results that a CTA merges, and its own of rows whose tokens are in several rows.
+// The partial results that the CTAs of a cluster push to the one that merges them: item i in CTA i % 8.
+template <typename Traits, int kItems_>
+struct alignas(16) Pushed {
+  static constexpr int kItems = kItems_;  // that a CTA merges at most
+
+  float o[kItems][kClusterCtas][Traits::kHeadDim];
+  float lse[kItems][kClusterCtas];
+  Mbarrier arrived[kItems];  // the partial results of an item have
+
+  __device__ __forceinline__ void init() {
+    for (int i = 0; i < kItems; ++i) mbarrier_init(&arrived[i], 1);
+  }
+  // Of row `row` of the CTA of number `rank`.
+  __device__ __forceinline__ void push4(int rank, int row, int d, float4 x) {
+    const int item = row / kClusterCtas, to = row % kClusterCtas;
+    push(shared_address_in_cta(&o[item][rank][d], to), x, shared_address_in_cta(&arrived[item], to));
+  }
+  __device__ __forceinline__ void push_lse(int rank, int row, float x) {
+    const int item = row / kClusterCtas, to = row % kClusterCtas;
+    push(shared_address_in_cta(&lse[item][rank], to), x, shared_address_in_cta(&arrived[item], to));
+  }
+  // Until those in `in` have pushed their part of item `item`; all lanes of one warp.
+  __device__ __forceinline__ void wait(int item, unsigned in, int lane) {
+    constexpr int kBytes = sizeof(o[0][0]) + sizeof(lse[0][0]);
+    if (lane == 0) mbarrier_arrive_expect_tx(&arrived[item], __popc(in) * kBytes);
+    mbarrier_wait(&arrived[item], 0);
+  }
+};
+
+// And those of its own rows whose tokens are in several rows.
 template <typename Traits, int kN>
 struct ClusterStorage {
-  static constexpr int kItems = kN == 1 ? 1 : kFewQueries / kClusterCtas;  // that a CTA merges at most
   static constexpr int kNear = near_queries(kN);
   static constexpr bool kFar = kN > 1;
 
   PieceRings<Traits> rings;
-  float pushed[kItems][kClusterCtas][Traits::kHeadDim];
+  Pushed<Traits, kN == 1 ? 1 : kFewQueries / kClusterCtas> pushed;
   float kept[kNear][Traits::kHeadDim];
-  float pushed_lse[kItems][kClusterCtas];
   float kept_lse[kNear];
-  Mbarrier arrived[kItems];  // the partial results of an item have
 };
 
 // Where the rows of a CTA go: to the output; to the CTA that merges them, which then has all at hand; or, where a token
@@ -57,9 +83,7 @@ struct ClusterSink {
     if (direct) {
       decode90::store4<Traits>(p, true, row, d, o);
     } else if (row < kKept) {
-      const int item = row / kClusterCtas, to = row % kClusterCtas;
-      push(shared_address_in_cta(&shared.pushed[item][rank][d], to), o,
-           shared_address_in_cta(&shared.arrived[item], to));
+      shared.pushed.push4(rank, row, d, o);
     } else if (!Storage::kFar || row - kKept < Storage::kNear) {
       *reinterpret_cast<float4*>(&shared.kept[row - kKept][d]) = o;
     } else {
@@ -70,9 +94,7 @@ struct ClusterSink {
     if (direct) {
       decode90::store_lse(p, true, row, lse);
     } else if (row < kKept) {
-      const int item = row / kClusterCtas, to = row % kClusterCtas;
-      push(shared_address_in_cta(&shared.pushed_lse[item][rank], to), lse,
-           shared_address_in_cta(&shared.arrived[item], to));
+      shared.pushed.push_lse(rank, row, lse);
     } else if (!Storage::kFar || row - kKept < Storage::kNear) {
       shared.kept_lse[row - kKept] = lse;
     } else {
@@ -110,17 +132,16 @@ struct MergeSum {
 };
 
 // A token that is in one row: its partial results have been pushed to this CTA by those in `in`.
-template <typename Traits>
-__device__ __forceinline__ void merge_pushed(const float (&pushed)[kClusterCtas][Traits::kHeadDim],
-                                             const float (&lses)[kClusterCtas], unsigned in, const AttendParams& p,
-                                             int row, int lane) {
+template <typename Traits, int kItems>
+__device__ __forceinline__ void merge_pushed(const Pushed<Traits, kItems>& pushed, int item, unsigned in,
+                                             const AttendParams& p, int row, int lane) {
   float4 parts[kClusterCtas];
 #pragma unroll
   for (int rank = 0; rank < kClusterCtas; ++rank) {
-    parts[rank] = in >> rank & 1 ? *reinterpret_cast<const float4*>(&pushed[rank][lane * 4 % Traits::kHeadDim])
+    parts[rank] = in >> rank & 1 ? *reinterpret_cast<const float4*>(&pushed.o[item][rank][lane * 4 % Traits::kHeadDim])
                                  : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
   }
-  const float lse = in >> lane % kClusterCtas & 1 ? lses[lane % kClusterCtas] : -INFINITY;
+  const float lse = in >> lane % kClusterCtas & 1 ? pushed.lse[item][lane % kClusterCtas] : -INFINITY;
   float maximum = lse;
 #pragma unroll
   for (int step = kClusterCtas / 2; step > 0; step /= 2) maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, step));

@@ -43,19 +43,25 @@ inline bool has_dependent_launch() {
 // Launches kernel<<<ctas, threads, shared_bytes, stream>>>(arguments...) so that it may begin before its predecessor
 // ends.
 template <typename... Parameters, typename... Arguments>
-cudaError_t launch_dependent_shared(void (*kernel)(Parameters...), int ctas, int threads, int shared_bytes,
-                                    cudaStream_t stream, const Arguments&... arguments) {
+cudaError_t launch_dependent_grid(void (*kernel)(Parameters...), dim3 ctas, int threads, int shared_bytes,
+                                  cudaStream_t stream, const Arguments&... arguments) {
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(ctas);
+  config.gridDim = ctas;
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = has_dependent_launch() ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
+}
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch_dependent_shared(void (*kernel)(Parameters...), int ctas, int threads, int shared_bytes,
+                                    cudaStream_t stream, const Arguments&... arguments) {
+  return launch_dependent_grid(kernel, dim3(ctas), threads, shared_bytes, stream, arguments...);
 }
 
 template <typename... Parameters, typename... Arguments>

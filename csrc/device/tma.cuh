@@ -102,4 +102,12 @@ __device__ __forceinline__ void tma_load_query(void* destination, const CUtensor
   tma_load_cache(destination, map, barrier, 0, token, slab, kv_head, l2_policy);
 }
 
+// Copies `bytes` (a multiple of 16, as both addresses are) that lie side by side; they complete on `barrier`.
+__device__ __forceinline__ void bulk_load(void* destination, const void* source, uint32_t bytes, Mbarrier* barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   shared_address(destination)),
+               "l"(source), "r"(bytes), "r"(shared_address(barrier))
+               : "memory");
+}
+
 }  // namespace flashcore

@@ -29,12 +29,26 @@ void attend(const Tensor& q_tensor, const Tensor& k_cache, const Tensor& v_cache
             int64_t lists_begin, bool free_cuts);
 
 void summarize(const Tensor& k_cache, const Tensor& kv_indptr, const Tensor& kv_indices, const Tensor& last_page_len,
-               const Tensor& first_page, int64_t max_columns, int64_t summary_kind, const Tensor& summaries);
+               const std::optional<Tensor>& first_page, int64_t max_columns, int64_t summary_kind,
+               const Tensor& summaries);
 
-void select(const Tensor& q_tensor, const Tensor& k_cache, const std::vector<Tensor>& plan, const Tensor& summaries,
-            const Tensor& scores_tensor, int64_t max_columns, int64_t summary_kind, int64_t group_reduction,
-            double std_weight, double sm_scale, int64_t mass_share, int64_t sink_pages, int64_t recent_pages,
-            int64_t budget_pages, int64_t budget_share, int64_t list_pages, int64_t sparse_begin);
+void store(const Tensor& k_tensor, const Tensor& v_tensor, const Tensor& slots_tensor,
+           const std::optional<Tensor>& qo_indptr, const Tensor& k_cache, const Tensor& v_cache,
+           const Tensor& kv_indptr, const Tensor& kv_indices, const Tensor& last_page_len,
+           const std::optional<Tensor>& first_page, int64_t max_columns, int64_t summary_kind, const Tensor& summaries);
+
+void select(const Tensor& q, const Tensor& k_cache, const std::vector<Tensor>& plan, const Tensor& summaries,
+            const Tensor& scores, int64_t max_columns, int64_t summary_kind, int64_t group_reduction, double std_weight,
+            double sm_scale, int64_t mass_share, int64_t sink_pages, int64_t recent_pages, int64_t budget_pages,
+            int64_t budget_share, int64_t list_pages, int64_t sparse_begin);
+
+void select_attend(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const std::vector<Tensor>& plan,
+                   const Tensor& partial_o, const Tensor& partial_lse, const Tensor& out,
+                   const std::optional<Tensor>& lse, int64_t rows_per_tile, double sm_scale, double logits_soft_cap,
+                   const std::string& variant, bool free_cuts, const Tensor& summaries, const Tensor& scores,
+                   int64_t max_columns, int64_t summary_kind, int64_t group_reduction, double std_weight,
+                   int64_t mass_share, int64_t sink_pages, int64_t recent_pages, int64_t budget_pages,
+                   int64_t budget_share, int64_t list_pages, int64_t sparse_begin, bool behind_store);
 
 int64_t cublaslt_workspace(int64_t batch, int64_t max_qo_len, int64_t max_kv_len, int64_t num_kv_heads, int64_t group,
                            int64_t head_dim, bool fp16, bool causal, bool fp32_scores, int64_t matmul_bytes);

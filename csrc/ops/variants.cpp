@@ -17,6 +17,8 @@ struct Variant {
   Run<AttendParams> prefill;
   MergesOf decode_merges = merges_all;
   MergesOf prefill_merges = merges_all;
+  Run<SelectAttendParams> select_and_decode = nullptr;
+  bool (*selects)(const SelectAttendParams&) = nullptr;
 
   bool built() const { return decode != nullptr || prefill != nullptr; }
   // Why a variant that was built cannot run on this machine, or nullptr.
@@ -27,7 +29,8 @@ struct Variant {
 const Variant kVariants[] = {
     {"cpu", false, run_attend_cpu, run_attend_cpu},
     {"wmma_sm80", true, run_attend_wmma_sm80, run_attend_wmma_sm80},
-    {"wgmma_sm90", true, run_attend_wgmma_sm90_decode, run_attend_wgmma_sm90_prefill, wgmma_sm90_decode_merges},
+    {"wgmma_sm90", true, run_attend_wgmma_sm90_decode, run_attend_wgmma_sm90_prefill, wgmma_sm90_decode_merges,
+     merges_all, run_select_attend_wgmma_sm90_decode, wgmma_sm90_decode_selects},
     {"cublaslt", true, nullptr, run_attend_cublaslt, merges_none, merges_none},
 };
 
@@ -62,7 +65,8 @@ Kernel find_variant(const std::string& name, bool cuda, bool decode) {
     const Run<AttendParams> run = decode ? variant.decode : variant.prefill;
     require(run != nullptr, "attend", "variant: '", name, "' has no kernel for ", decode ? "decode" : "prefill",
             "; choose another variant");
-    return {run, decode ? variant.decode_merges : variant.prefill_merges};
+    if (!decode) return {run, variant.prefill_merges, nullptr, nullptr};
+    return {run, variant.decode_merges, variant.select_and_decode, variant.selects};
   }
   fail("attend", "variant: expected one of ", variant_names(false), ", got '", name,
        "'; choose one that this library was built with");

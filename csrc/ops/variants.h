@@ -17,6 +17,9 @@ using MergesOf = int (*)(const AttendParams&);
 struct Kernel {
   Run<AttendParams> run;
   MergesOf merges;
+  // Decode: one launch for selection, attention and merge, and which layers it serves; or nullptr.
+  Run<SelectAttendParams> select_and_run;
+  bool (*selects)(const SelectAttendParams&);
 };
 
 // Raises, saying why, where the variant is unknown, not built, for the other device or cannot run here.

@@ -67,7 +67,7 @@ FLASHCORE_HD bool shares_scores(const PlanJob& p) {
 }
 
 // Hands out pieces of one block of memory.
-struct Block {
+struct Arena {
   int32_t* begin;
   int64_t used = 0;
 
@@ -83,14 +83,14 @@ struct Block {
 FLASHCORE_HD Found found_of(const PlanJob& p) {
   Found found{};
   if (!shares_pages(p)) return found;
-  Block block{p.scratch};
+  Arena arena{p.scratch};
   const int64_t nodes = static_cast<int64_t>(p.batch) * kMaxLevels;
-  found.chain = block.take<Link>(nodes);
-  found.paths = block.take<Path>(nodes);
-  if (shares_scores(p)) found.scored = block.take<Path>(nodes);
-  found.levels = block.take(p.batch);
-  found.packed_columns = block.take(p.batch);
-  found.size = block.size();
+  found.chain = arena.take<Link>(nodes);
+  found.paths = arena.take<Path>(nodes);
+  if (shares_scores(p)) found.scored = arena.take<Path>(nodes);
+  found.levels = arena.take(p.batch);
+  found.packed_columns = arena.take(p.batch);
+  found.size = arena.size();
   return found;
 }
 
@@ -105,27 +105,27 @@ FLASHCORE_HD int32_t most_rows(const PlanJob& p) {
 
 FLASHCORE_HD Sums sums_of(const PlanJob& p, int32_t* memory) {
   Sums s{};
-  Block block{memory};
+  Arena arena{memory};
   const int64_t ctas = static_cast<int64_t>(p.plan.num_ctas) + 1;
   s.max_rows = most_rows(p);
-  s.rows = block.take<Row>(s.max_rows);
-  s.row_cost = block.take<int64_t>(s.max_rows + 1);
-  s.line = block.take<Line>(1);
-  s.row_tiles = block.take(s.max_rows + 1);
-  s.row_partials = block.take(s.max_rows + 1);
-  s.row_split = block.take(s.max_rows);
-  s.cut_pair = block.take(ctas);
-  s.cut_unit = block.take(ctas);
-  s.cut_partials = block.take(ctas);
-  s.cuts_upto = block.take(ctas);
-  s.cta_tile = block.take(ctas);
-  s.request_row = block.take(p.batch + 1);
-  s.request_merge = block.take(p.batch + 1);
+  s.rows = arena.take<Row>(s.max_rows);
+  s.row_cost = arena.take<int64_t>(s.max_rows + 1);
+  s.line = arena.take<Line>(1);
+  s.row_tiles = arena.take(s.max_rows + 1);
+  s.row_partials = arena.take(s.max_rows + 1);
+  s.row_split = arena.take(s.max_rows);
+  s.cut_pair = arena.take(ctas);
+  s.cut_unit = arena.take(ctas);
+  s.cut_partials = arena.take(ctas);
+  s.cuts_upto = arena.take(ctas);
+  s.cta_tile = arena.take(ctas);
+  s.request_row = arena.take(p.batch + 1);
+  s.request_merge = arena.take(p.batch + 1);
   if (shares_pages(p)) {
-    s.node_row = block.take(static_cast<int64_t>(p.batch) * kMaxLevels);
-    s.node_token = block.take(static_cast<int64_t>(p.batch) * kMaxLevels);
+    s.node_row = arena.take(static_cast<int64_t>(p.batch) * kMaxLevels);
+    s.node_token = arena.take(static_cast<int64_t>(p.batch) * kMaxLevels);
   }
-  s.size = block.size();
+  s.size = arena.size();
   return s;
 }
 

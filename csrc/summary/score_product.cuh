@@ -166,7 +166,7 @@ struct Scorer {
       if (!there || product > 0) queries.load(p, slots, members, at.kv_head, product);
       copy_async_wait<kPending>();
       Sums sums;
-      multiply(stage, queries, sums);
+      multiply([&](int vector, int c, int half) { return stage[vector][c][half][lane]; }, queries, sums);
       if (rule.reduction == GroupReduction::max) {
         finish<GroupReduction::max>(at, members, product, sums, before);
       } else if (rule.reduction == GroupReduction::mean) {
@@ -177,25 +177,86 @@ struct Scorer {
     }
   }
 
+  // The scores of pages l / 4 (x) and l / 4 + 8 (y) of a unit for one request of at most kSlots query heads. The
+  // summaries of the pages are side by side at `rows`, as they are in memory; all channels of all chunks exist.
+  __device__ float2 score_rows(const unsigned char* rows, const Queries<Traits>& queries) const {
+    Sums sums;
+    // Rows begin in the same bank: odd pages read their chunks in pairs the other way round.
+    const bool odd = lane / kLanes & 1;
+    Block<S> blocks[kVectors][kChunks][2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const auto* row = reinterpret_cast<const S*>(rows + (lane / kLanes + half * (kPages / 2)) * head_bytes);
+#pragma unroll
+      for (int vector = 0; vector < kVectors; ++vector) {
+#pragma unroll
+        for (int c = 0; c < kChunks; c += 2) {
+          const auto part = [&](int i) {
+            return load_block(row + ((vector * kChunks + c + i) * kLanes + lane % kLanes) * kBlock);
+          };
+          const Block<S> first = part(odd), second = part(!odd);
+          blocks[vector][c][half] = odd ? second : first;
+          blocks[vector][c + 1][half] = odd ? first : second;
+        }
+      }
+    }
+    multiply([&](int vector, int c, int half) { return blocks[vector][c][half]; }, queries, sums);
+    const int32_t slot = lane % kLanes * 2;
+    if (rule.reduction == GroupReduction::max) {
+      reduce<GroupReduction::max>(slot, sums);
+    } else if (rule.reduction == GroupReduction::mean) {
+      reduce<GroupReduction::mean>(slot, sums);
+    } else {
+      reduce<GroupReduction::logsumexp>(slot, sums);
+    }
+    const int32_t first = lane / kLanes * kLanes;  // which has the request's first slot
+    return {__shfl_sync(~0u, sums[0], first), __shfl_sync(~0u, sums[2], first)};
+  }
+
  private:
-  // What each page of a unit gets from each slot of a product.
-  __device__ void multiply(const Stage& stage, const Queries<Traits>& queries, Sums& sums) const {
-    float sum[kVectors][4] = {};
+  // What each page of a unit gets from each slot of a product; block(vector, c, half): this lane's part of the
+  // summaries.
+  template <class BlockOf>
+  __device__ void multiply(const BlockOf& block, const Queries<Traits>& queries, Sums& sums) const {
+    float sum[kVectors][2][4] = {};  // two chains of products each: the latency of one would show
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
 #pragma unroll
       for (int vector = 0; vector < kVectors; ++vector) {
         uint32_t low[4], high[4];
-        to_words<T>(stage[vector][c][0][lane], low);
-        to_words<T>(stage[vector][c][1][lane], high);
+        to_words<T>(block(vector, c, 0), low);
+        to_words<T>(block(vector, c, 1), high);
         const auto& q = queries.form[vector][c];
-        mma_m16n8k16<T>(sum[vector], {low[0], high[0], low[1], high[1]}, q[0], q[1]);
-        mma_m16n8k16<T>(sum[vector], {low[2], high[2], low[3], high[3]}, q[2], q[3]);
+        mma_m16n8k16<T>(sum[vector][0], {low[0], high[0], low[1], high[1]}, q[0], q[1]);
+        mma_m16n8k16<T>(sum[vector][1], {low[2], high[2], low[3], high[3]}, q[2], q[3]);
       }
     }
 #pragma unroll
+    for (int vector = 0; vector < kVectors; ++vector) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sum[vector][0][i] = add(sum[vector][0][i], sum[vector][1][i]);
+    }
+#pragma unroll
     for (int i = 0; i < 4; ++i) {
-      sums[i] = kVectors == 2 ? rule.join(sum[0][i], sum[kVectors - 1][i]) : sum[0][i];
+      sums[i] = kVectors == 2 ? rule.join(sum[0][0][i], sum[kVectors - 1][0][i]) : sum[0][0][i];
+    }
+  }
+
+  // In the first two slots that a lane has of a request, what its slots in this product come to, for each half.
+  template <GroupReduction kReduction>
+  __device__ void reduce(int32_t slot, Sums& sums) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const bool exists = slots.head(slot + i % 2) < slots.group;
+      sums[i] = exists ? rule.of_head<kReduction>(sums[i]) : rule.nothing<kReduction>();
+    }
+    if (slots.heads() == 1) return;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float score = rule.combine<kReduction>(sums[2 * half], sums[2 * half + 1]);
+      if (slots.heads() > 2) score = rule.combine<kReduction>(score, __shfl_xor_sync(~0u, score, 1));
+      if (slots.heads() > 4) score = rule.combine<kReduction>(score, __shfl_xor_sync(~0u, score, 2));
+      sums[2 * half] = score;
     }
   }
 
@@ -204,19 +265,14 @@ struct Scorer {
   __device__ void finish(const Place& at, const Members& members, int32_t product, Sums& sums,
                          float (&before)[2]) const {
     const int32_t slot = product * kSlots + lane % kLanes * 2;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const bool exists = slots.head(slot + i % 2) < slots.group;
-      sums[i] = exists ? rule.of_head<kReduction>(sums[i]) : rule.nothing<kReduction>();
-    }
+    reduce<kReduction>(slot, sums);
     if (slots.heads() > 1) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float score = rule.combine<kReduction>(sums[2 * half], sums[2 * half + 1]);
-        if (slots.heads() > 2) score = rule.combine<kReduction>(score, __shfl_xor_sync(~0u, score, 1));
-        if (slots.heads() > 4) score = rule.combine<kReduction>(score, __shfl_xor_sync(~0u, score, 2));
-        if (slots.head(product * kSlots) > 0) score = rule.combine<kReduction>(before[half], score);
-        sums[2 * half] = before[half] = score;
+        if (slots.head(product * kSlots) > 0) {
+          sums[2 * half] = rule.combine<kReduction>(before[half], sums[2 * half]);
+        }
+        before[half] = sums[2 * half];
       }
     }
     const int32_t last = max(slots.heads() - kSlots, 0);  // slot of a request with which its last product begins

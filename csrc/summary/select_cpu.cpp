@@ -139,10 +139,6 @@ int run_select_cpu(const SelectParams& p) {
   with_elements(p.pages, [&](auto key, auto summary) {
     using T = decltype(key);
     using S = decltype(summary);
-    parallel_for(p.pages.batch, [&](int r) {
-      const int32_t page = filled_page(p.pages, r);
-      if (page >= 0) summarize_page<T, S>(p.pages, page, p.pages.page_size);
-    });
     const int32_t stretches = p.plan.counts[kNumStretches];
     const int32_t pieces = ceil_div(p.pages.max_columns, kPieceColumns), tasks = pieces * p.pages.num_kv_heads;
     parallel_for(stretches * tasks,

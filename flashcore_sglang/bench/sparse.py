@@ -17,7 +17,7 @@ import torch
 
 from .. import ops, variants
 from ..kernel import Kernel
-from ..planner import Capacity, Plan, Planner, PlannerOptions, Policy, Summaries, SummarySpec, make_planner
+from ..planner import Capacity, Planner, PlannerOptions, Policy, Summaries, SummarySpec, make_planner
 from . import peers
 from .accuracy import sample, token_error
 from .cases import DecodeCase, Heads
@@ -154,15 +154,17 @@ class Step:
         return self.planner.plan.kv_indices
 
     def run(self) -> torch.Tensor:
-        return self.attend(self.planner.for_layer(0, self.q, self.k))
+        if not self.missing:  # what the op that stores the keys adds, in a step whose tokens end a page
+            self.planner.after_store(0, self.k)
+        return self.attend(0)
 
     def reuse(self) -> torch.Tensor:
         """The layer behind it, which reads what it has chosen."""
-        return self.attend(self.planner.for_layer(1, self.q, self.k))
+        return self.attend(1)
 
-    def attend(self, plan: Plan) -> torch.Tensor:
+    def attend(self, layer: int) -> torch.Tensor:
         self.kernel.attend(
-            plan,
+            self.planner.plan_of(layer),
             self.q,
             self.k,
             self.v,
@@ -172,6 +174,7 @@ class Step:
             window_left=-1,
             logits_soft_cap=0.0,
             decode=True,
+            selection=self.planner.selection_of(layer),
         )
         return self.out
 

@@ -105,7 +105,7 @@ class Planner:
     """Plans batches into buffers that are allocated once; a captured graph over them follows every new plan.
 
     The flow of a forward: ``begin`` (outside of a captured graph), then for each layer ``after_store`` once K is in
-    the cache and ``for_layer``, whose plan the layer attends over. Nothing here waits for the device.
+    the cache; the layer attends over ``plan_of``, by way of ``selection_of``. Nothing here waits for the device.
     """
 
     def __init__(self, options: PlannerOptions, capacity: Capacity, device: torch.device | str) -> None:
@@ -222,8 +222,16 @@ class Planner:
                 tokens only, one of each request.
         """
 
+    def plan_of(self, layer_id: int) -> Plan:
+        """The plan that a layer attends over."""
+        return self.plan
+
+    def selection_of(self, layer_id: int) -> ops.Selection | None:
+        """How a layer selects the pages that its plan reads; None: it does not."""
+        return None
+
     def for_layer(self, layer_id: int, q: torch.Tensor, k_cache: torch.Tensor, sm_scale: float | None = None) -> Plan:
-        """The plan that a layer attends over.
+        """``plan_of``, the pages that the layer selects written: for who does not attend by ``select_attend``.
 
         Args:
             layer_id: the layer.
@@ -231,7 +239,12 @@ class Planner:
             k_cache: its K pages, as in ``after_store``.
             sm_scale: factor of its logits; None: 1 / sqrt(head_dim).
         """
-        return self.plan
+        plan, selection = self.plan_of(layer_id), self.selection_of(layer_id)
+        plan.selecting = selection is not None and not plan.selects_tiles
+        if selection is not None:
+            scale = q.shape[-1] ** -0.5 if sm_scale is None else sm_scale
+            ops.select(q, k_cache, plan.tensors(), **selection._asdict(), sm_scale=scale)
+        return plan
 
     def layer_plans(self) -> list[tuple[Plan, int]]:
         """Each plan of the present batch, and how many layers attend over it (1 where they all do)."""

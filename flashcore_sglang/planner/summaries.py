@@ -2,10 +2,12 @@
 
 They are never older than the keys they are used for:
 
-- A step of one token a request changes the last page of each request, which is always read and not scored. Once a step
-  has filled it, the select op of that step writes its summary, before the page can be scored.
-- Any other forward rewrites the summaries of all pages that its requests hold, after its own keys are stored: whatever
-  the pages held before, and whoever wrote their keys.
+- A step of one token a request changes the last page of each request, which is always read and not scored. The op that
+  stores a token which fills it writes its summary, before the page can be scored.
+- In any other forward that op rewrites the summaries of all pages that its requests hold: whatever the pages held
+  before, and whoever wrote their keys.
+
+Where a model stores its keys by itself, the same kernel brings the summaries up to date behind it.
 
 What would change keys between a request's forwards (KV transfers, host caches) is refused when the server starts.
 """
@@ -96,25 +98,49 @@ class Summaries:
         self.of_layer = {layer: torch.zeros(shape, dtype=dtype, device=device) for layer in spec.selecting}
         self.sparse = frozenset(spec.sparse)
 
-    def update(self, plan: Plan, layer_id: int, k_cache: torch.Tensor, first_page: torch.Tensor) -> None:
+    def update(self, plan: Plan, layer_id: int, k_cache: torch.Tensor, first_page: torch.Tensor | None) -> None:
         """Rewrites the summaries of the batch in ``plan``.
 
         Args:
             plan: holds the batch's page table.
             layer_id: the layer; one that does not select has none.
             k_cache: its K pages ``[num_pages, page_size, num_kv_heads, head_dim]``.
-            first_page: int32 ``[batch]`` page column of each request from which on K changed.
+            first_page: int32 ``[batch]`` page column of each request from which on K changed; None: a step of one token
+                each has changed the last one.
+        """
+        if layer_id in self.of_layer:
+            table = self._table(plan)
+            ops.summarize(k_cache, *table, first_page, self.of_layer[layer_id], **self._sizes)
+
+    def store(
+        self,
+        plan: Plan,
+        layer_id: int,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        slots: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        first_page: torch.Tensor | None,
+    ) -> bool:
+        """Stores new tokens and rewrites the summaries, in one launch; False: the layer has none, nothing is done.
+
+        Args:
+            k, v: ``[num_tokens, num_kv_heads, head_dim]`` of the batch's tokens.
+            slots: int64 ``[num_tokens]`` where they belong.
+            plan, layer_id, k_cache, first_page: as in ``update``.
+            v_cache: as ``k_cache``.
         """
         if layer_id not in self.of_layer:
-            return
-        n = plan.batch
-        ops.summarize(
-            k_cache,
-            plan.kv_indptr[: n + 1],
-            plan.kv_indices,
-            plan.last_page_len[:n],
-            first_page,
-            self.of_layer[layer_id],
-            max_columns=self.spec.max_columns,
-            summary_kind=int(self.spec.kind),
-        )
+            return False
+        qo_indptr = None if first_page is None else plan.qo_indptr[: plan.batch + 1]
+        caches, table = (k_cache, v_cache), self._table(plan)
+        ops.store(k, v, slots, qo_indptr, *caches, *table, first_page, self.of_layer[layer_id], **self._sizes)
+        return True
+
+    @property
+    def _sizes(self) -> dict[str, int]:
+        return {"max_columns": self.spec.max_columns, "summary_kind": int(self.spec.kind)}
+
+    def _table(self, plan: Plan) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return plan.kv_indptr[: plan.batch + 1], plan.kv_indices, plan.last_page_len[: plan.batch]

@@ -49,41 +49,34 @@ class Topk(Planner):
         self._sparse = False
 
     def after_store(self, layer_id: int, k_cache: torch.Tensor, first_page: torch.Tensor | None = None) -> None:
-        if first_page is not None:
-            self.summaries.update(self.plan, layer_id, k_cache, first_page)
+        self.summaries.update(self.plan, layer_id, k_cache, first_page)
 
-    def for_layer(self, layer_id: int, q: torch.Tensor, k_cache: torch.Tensor, sm_scale: float | None = None) -> Plan:
+    def plan_of(self, layer_id: int) -> Plan:
         if self._sparse and layer_id not in self.summaries.sparse:
             return self.dense_plan
-        selects = self._sparse and layer_id in self.summaries.of_layer
         self.plan.selects_tiles = self.options.top_p < 1
-        self.plan.selecting = selects and not self.plan.selects_tiles
-        if selects:
-            self._select(layer_id, q, k_cache, q.shape[-1] ** -0.5 if sm_scale is None else sm_scale)
         return self.plan
 
-    def layer_plans(self) -> list[tuple[Plan, int]]:
-        if not self._sparse:
-            return super().layer_plans()
-        sparse = sum(layer in self.summaries.sparse for layer in self.summaries.spec.layers)
-        return [(self.plan, sparse), (self.dense_plan, len(self.summaries.spec.layers) - sparse)]
-
-    def _select(self, layer_id: int, q: torch.Tensor, k_cache: torch.Tensor, sm_scale: float) -> None:
+    def selection_of(self, layer_id: int) -> ops.Selection | None:
+        if not self._sparse or layer_id not in self.summaries.of_layer:
+            return None
         o, spec = self.options, self.summaries.spec
-        ops.select(
-            q,
-            k_cache,
-            self.plan.tensors(),
+        return ops.Selection(
             self.summaries.of_layer[layer_id],
             self.scores,
             max_columns=spec.max_columns,
             summary_kind=int(spec.kind),
             group_reduction=int(o.group_reduction),
             std_weight=o.std_weight,
-            sm_scale=sm_scale,
-            sparse=o.sparse_rows(self.capacity.pages),
             mass_share=o.mass_share,
+            sparse=o.sparse_rows(self.capacity.pages),
         )
+
+    def layer_plans(self) -> list[tuple[Plan, int]]:
+        if not self._sparse:
+            return super().layer_plans()
+        sparse = sum(layer in self.summaries.sparse for layer in self.summaries.spec.layers)
+        return [(self.plan, sparse), (self.dense_plan, len(self.summaries.spec.layers) - sparse)]
 
     def _make(self, num_tokens: int, *, decode: bool, causal: bool, window_left: int) -> None:
         super()._make(num_tokens, decode=decode, causal=causal, window_left=window_left)

@@ -129,6 +129,7 @@ T* to_device(const std::vector<T>& host) {
 
 struct Problem {
   AttendParams params{};
+  SparseRows sparse{};
   std::vector<void*> owned;
   std::vector<int> token_request;
   int64_t unique_bytes = 0, dense_bytes = 0;
@@ -172,10 +173,12 @@ inline void build(Problem& problem, const Case& c, const Options& options, bool 
   for (int& page : kv_indices) {
     if (page < 0) page = num_pages++;
   }
+  const int entries = kv_indices.size();
   std::vector<int> permutation(num_pages);
   std::iota(permutation.begin(), permutation.end(), 0);
   std::shuffle(permutation.begin(), permutation.end(), std::mt19937(7));
   for (int& page : kv_indices) page = permutation[page];
+  kv_indices.resize(entries + batch * c.num_kv_heads * c.sparse.list_pages);
 
   // The plan, on the host.
   const int num_tokens = qo_indptr.back();
@@ -223,8 +226,9 @@ inline void build(Problem& problem, const Case& c, const Options& options, bool 
   pp.num_pages = num_pages;
   pp.causal = c.causal;
   pp.window_left = c.window_left;
-  pp.policy = Policy::exact;
-  pp.sparse.begin = kv_indices.size();
+  pp.policy = c.sparse.list_pages > 0 ? Policy::topk : Policy::exact;
+  pp.sparse = c.sparse;
+  pp.sparse.begin = entries;
   pp.share = c.share;
   pp.pack_keys = options.pack_keys;
   pp.split_keys = c.split_keys;
@@ -264,6 +268,7 @@ inline void build(Problem& problem, const Case& c, const Options& options, bool 
   p.dtype = c.dtype;
   p.decode = 1;
   p.free_cuts = c.split_keys == 0;
+  problem.sparse = pp.sparse;
   CUDA_CHECK(cudaDeviceGetAttribute(&p.num_sms, cudaDevAttrMultiProcessorCount, 0));
 
   const int64_t token = int64_t{c.num_kv_heads} * c.head_dim;

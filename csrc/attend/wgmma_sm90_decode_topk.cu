@@ -1,0 +1,81 @@
+// wgmma_sm90, decode of one request under policy topk in one launch: launcher (the kernel:
+// wgmma_sm90_decode_topk.cuh).
+#include <cuda_runtime.h>
+
+#include <type_traits>
+
+#include "attend/wgmma_sm90_decode.h"
+#include "attend/wgmma_sm90_decode_topk.cuh"
+
+namespace flashcore::decode90 {
+namespace {
+
+template <typename T, typename S, int kHeadDim, int kVectors>
+struct Launcher {
+  using Traits = TopkTraits<T, kHeadDim>;
+  static constexpr auto kKernel = attend_topk_kernel<Traits, score::Traits<T, S, kHeadDim / 32, kVectors>>;
+  static constexpr int kShared = sizeof(TopkStorage<Traits>);
+  static_assert(kShared <= 227 * 1024);
+
+  static bool fits() {
+    static const int most = most_clusters(kKernel, kTopkThreads, kShared);
+    return most >= kClusterHeads;
+  }
+  static cudaError_t run(const TopkParams& params) {
+    if (!fits()) return cudaErrorInvalidValue;
+    const AttendParams& p = params.attend;
+    CUtensorMap k_map, v_map;
+    PagedCache cache{p.k,         p.dtype,         p.head_dim,       p.page_size,    p.num_kv_heads,
+                     p.num_pages, p.k_stride_page, p.k_stride_token, p.k_stride_head};
+    cudaError_t error = make_cache_map(&k_map, cache, kWarpKeys, kHeadDim / kSlab);
+    if (error != cudaSuccess) return error;
+    cache.base = p.v;
+    cache.stride_page = p.v_stride_page;
+    cache.stride_token = p.v_stride_token;
+    cache.stride_head = p.v_stride_head;
+    error = make_cache_map(&v_map, cache, kWarpKeys, kHeadDim / kSlab);
+    if (error != cudaSuccess) return error;
+    return launch_dependent_shared(kKernel, kClusterHeads * kClusterCtas, kTopkThreads, kShared,
+                                   static_cast<cudaStream_t>(p.stream), k_map, v_map, params);
+  }
+};
+
+// Calls f with the launcher of the instantiation that the parameters ask for.
+template <typename F>
+auto dispatch(const SelectParams& p, const F& f) {
+  const auto by_vectors = [&]<typename T, typename S, int kHeadDim>() {
+    return p.pages.summaries.vectors() == 2 ? f(Launcher<T, S, kHeadDim, 2>{}) : f(Launcher<T, S, kHeadDim, 1>{});
+  };
+  const auto by_head_dim = [&]<typename T, typename S>() {
+    return p.pages.head_dim == 64 ? by_vectors.template operator()<T, S, 64>()
+                                  : by_vectors.template operator()<T, S, 128>();
+  };
+  const auto by_summaries = [&]<typename T>() {
+    return p.pages.summaries.fp8 ? by_head_dim.template operator()<T, Fp8>() : by_head_dim.template operator()<T, T>();
+  };
+  return p.pages.dtype == DType::bf16 ? by_summaries.template operator()<__nv_bfloat16>()
+                                      : by_summaries.template operator()<__half>();
+}
+
+}  // namespace
+}  // namespace flashcore::decode90
+
+namespace flashcore {
+
+bool wgmma_sm90_decode_selects(const SelectAttendParams& params) {
+  using namespace decode90;
+  const AttendParams& p = params.attend;
+  const SelectParams& select = params.select;
+  return p.free_cuts && p.batch == 1 && p.num_tokens == 1 && p.num_kv_heads == kClusterHeads &&
+         p.num_qo_heads <= kClusterHeads * score::kSlots && !has_top_p(select) &&
+         select.pages.max_columns - select.sparse.sink_pages - select.sparse.recent_pages <= kMostScored &&
+         select.sparse.list_pages <= kMostScored && dispatch(select, [](auto launcher) { return launcher.fits(); });
+}
+
+int run_select_attend_wgmma_sm90_decode(const SelectAttendParams& params) {
+  using namespace decode90;
+  const TopkParams topk{make_params(params.attend), params.select, params.behind_store};
+  return dispatch(params.select, [&](auto launcher) { return launcher.run(topk); });
+}
+
+}  // namespace flashcore

@@ -1,0 +1,353 @@
+// Decode on Hopper under policy topk, one request of a model with 8 KV heads: a cluster of CTAs for each of them, from
+// the summaries of its pages to the output.
+//
+// Scores, choice and attention are three kernels elsewhere (summary/score.cuh, summary/select.cu, the decode kernels),
+// each of which begins cold and hands over by way of L2. Here a KV head's scores go from each CTA of its cluster to all
+// of them, by st.async; each makes the same choice for itself and attends to its share of the chosen pages. Where the
+// request has no more pages than the budget, all are read, and the output is that of wgmma_sm90_decode_cluster.cuh to
+// the bit.
+//
+// Grid   8 CTAs a KV head, one to an SM. Block: 8 warps, each with 24 KB of shared memory that it fills by itself.
+// Shared 192 KB, first of summaries, 16 pages a warp and round, then of keys and values, 16 tokens a piece; the keys of
+//        all scores; partial results, pushed.
+#pragma once
+
+#include "attend/wgmma_sm90_decode_cluster_merge.cuh"
+#include "attend/wgmma_sm90_decode_short_tile.cuh"
+#include "device/cluster.cuh"
+#include "device/dependent_launch.cuh"
+#include "device/tma.cuh"
+#include "summary/score_product.cuh"
+#include "summary/threshold.cuh"
+
+namespace flashcore::decode90 {
+
+constexpr int kTopkThreads = kClusterWarps * 32;
+constexpr int kWarpBytes = 24 * 1024;
+constexpr int kMostSummary = 512;                                          // bytes of a page and KV head
+constexpr int kTopkRounds = 2;                                             // units of pages that a warp scores at most
+constexpr int kUnitsPerRound = kClusterCtas * kClusterWarps;               // of a cluster
+constexpr int kMostScored = kTopkRounds * kUnitsPerRound * score::kPages;  // page columns to choose from
+constexpr int kMostListed = kMostScored / kClusterCtas + 4;                // pages that a CTA attends to
+static_assert(kTopkRounds * score::kPages == 32, "a lane has one page id");
+
+struct TopkParams : Params {
+  SelectParams select;
+  int32_t behind_store;  // the launch before stores the step's keys and values, and all that is older is over
+};
+
+template <typename T, int kHeadDim_>
+struct TopkTraits {
+  using Element = T;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kOperandBytes = kWarpKeys * kHeadDim * 2;
+  static constexpr int kSlabBytes = kWarpKeys * 128;
+  static constexpr int kStages = kWarpBytes / (2 * kOperandBytes);
+};
+
+// Keys and values of 16 tokens; once they are consumed, what a warp leaves for the others.
+template <typename Traits>
+union TopkPiece {
+  struct {
+    uint8_t k[Traits::kOperandBytes];  // [slabs][16 keys][128 bytes], swizzled
+    uint8_t v[Traits::kOperandBytes];
+  };
+  Share<Traits::kHeadDim> share;
+};
+
+// A warp's memory: summaries of the pages of each round, then pieces.
+template <typename Traits>
+union WarpMemory {
+  unsigned char summaries[kTopkRounds][score::kPages * kMostSummary];
+  TopkPiece<Traits> pieces[Traits::kStages];
+};
+
+struct Scored {
+  uint32_t key;
+  int32_t page;
+};
+
+template <typename Traits>
+struct TopkStorage {
+  WarpMemory<Traits> warps[kClusterWarps];
+  Scored scored[kMostScored];
+  Pushed<Traits, 1> pushed;
+  int32_t list[kMostListed];
+  Counts<kTopkThreads, 10> counts;
+  Mbarrier all_scored;
+  Mbarrier summaries[kClusterWarps][kTopkRounds];
+  Mbarrier pieces[kClusterWarps][Traits::kStages];
+};
+
+// --- Scores ----------------------------------------------------------------------------------------------------------
+
+// The first page column of a warp's unit. Units are dealt in rounds, so that a warp knows which page ids it wants
+// before it is known how many there are.
+__device__ __forceinline__ int32_t first_column(int rank, int warp, int round) {
+  return (round * kUnitsPerRound + rank * kClusterWarps + warp) * score::kPages;
+}
+
+// Scores this warp's part of the columns and tells all CTAs of the cluster. ids: lane l has page l % 16 of the unit of
+// round l / 16.
+template <typename Traits, typename Score>
+__device__ __forceinline__ void score_columns(TopkStorage<Traits>& shared, const score::Scorer<Score>& scorer,
+                                              const score::Queries<Score>& queries, int32_t ids, int32_t columns,
+                                              int rank, int warp, int lane) {
+  const int to = lane % score::kLanes;  // and to + 4
+  const uint32_t scored[2] = {shared_address_in_cta(shared.scored, to), shared_address_in_cta(shared.scored, to + 4)};
+  const uint32_t told[2] = {shared_address_in_cta(&shared.all_scored, to),
+                            shared_address_in_cta(&shared.all_scored, to + 4)};
+#pragma unroll 1
+  for (int round = 0; round < kTopkRounds; ++round) {
+    const int32_t first = first_column(rank, warp, round);
+    if (first >= columns) break;
+    mbarrier_wait(&shared.summaries[warp][round], 0);
+    const float2 scores = scorer.score_rows(shared.warps[warp].summaries[round], queries);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int in_unit = half * (score::kPages / 2) + lane / score::kLanes;
+      const int32_t page = __shfl_sync(~0u, ids, round * score::kPages + in_unit);
+      const int32_t column = first + in_unit;
+      const uint2 message = make_uint2(sort_key(half == 0 ? scores.x : scores.y), page);
+      if (column >= columns) continue;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) push(scored[i] + column * sizeof(Scored), message, told[i]);
+    }
+  }
+}
+
+// --- The choice ------------------------------------------------------------------------------------------------------
+
+// The columns to choose from; a thread has a stretch of them.
+struct ScoredColumns {
+  static constexpr int kHeld = kMostScored / kTopkThreads;
+
+  int32_t begin, end;
+  uint32_t keys[kHeld];
+
+  __device__ __forceinline__ ScoredColumns(const Scored* scored, int32_t all) {
+    const int32_t each = ceil_div(all, kTopkThreads);
+    begin = min(static_cast<int32_t>(threadIdx.x) * each, all);
+    end = min(begin + each, all);
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) keys[i] = begin + i < end ? scored[begin + i].key : 0;
+  }
+  template <class F>
+  __device__ __forceinline__ void for_each(F f) const {
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      if (begin + i < end) f(keys[i], begin + i);
+    }
+  }
+};
+
+// --- Attention -------------------------------------------------------------------------------------------------------
+
+// A CTA's part of the keys that a KV head reads: cut as HeadRows cuts a row.
+struct OwnKeys {
+  int pieces, share;  // of 16 keys: of the head, of a CTA
+  int begin, end;     // keys
+  int first_page, end_page;
+
+  __device__ __forceinline__ OwnKeys(int keys, int page_shift, int rank) : pieces(max(1, ceil_div(keys, kWarpKeys))) {
+    share = max(ceil_div(pieces + kStartPieces, kClusterCtas), kClusterWarps);
+    begin = min(rank * share, pieces) * kWarpKeys;
+    end = min(min((rank + 1) * share, pieces) * kWarpKeys, keys);
+    first_page = begin >> page_shift;
+    end_page = begin < end ? ceil_div(end, 1 << page_shift) : first_page;
+  }
+  __device__ __forceinline__ bool has(int page) const { return page >= first_page && page < end_page; }
+  // The CTAs that have keys; the first one has the output of a request without any.
+  __device__ __forceinline__ unsigned ctas() const { return (1u << ceil_div(pieces, share)) - 1; }
+};
+
+// Copies a warp's pieces: every eighth one of the CTA's.
+template <typename Traits>
+struct PieceCopies {
+  TopkStorage<Traits>& shared;
+  const CUtensorMap *k_map, *v_map;
+  const OwnKeys& own;
+  int page_shift, kv_head, warp;
+
+  __device__ __forceinline__ int first_key(int i) const { return own.begin + (i * kClusterWarps + warp) * kWarpKeys; }
+  // Asks for piece i, into stage i % kStages; one lane.
+  __device__ __forceinline__ void ask(int i) const {
+    const int key = first_key(i);
+    if (key >= own.end) return;
+    const int stage = i % Traits::kStages, page = shared.list[(key >> page_shift) - own.first_page];
+    const int token = key & ((1 << page_shift) - 1);
+    auto& piece = shared.warps[warp].pieces[stage];
+    Mbarrier* there = &shared.pieces[warp][stage];
+    mbarrier_arrive_expect_tx(there, 2 * Traits::kOperandBytes);
+    tma_load_cache(piece.k, k_map, there, token, 0, kv_head, page, kEvictFirst);
+    tma_load_cache(piece.v, v_map, there, token, 0, kv_head, page, kEvictFirst);
+  }
+  __device__ __forceinline__ void wait(int i) const {
+    mbarrier_wait(&shared.pieces[warp][i % Traits::kStages], i / Traits::kStages & 1);
+  }
+};
+
+// Zeroes the values of tokens from `first` on: their P is 0, but 0 * NaN would be NaN.
+template <typename Traits>
+__device__ __forceinline__ void zero_values(TopkPiece<Traits>& piece, int first, int lane) {
+  for (int i = first * 128 + lane * 16; i < Traits::kSlabBytes; i += 32 * 16) {
+#pragma unroll
+    for (int slab = 0; slab < Traits::kOperandBytes; slab += Traits::kSlabBytes) {
+      *reinterpret_cast<uint4*>(piece.v + slab + i) = make_uint4(0, 0, 0, 0);
+    }
+  }
+  __syncwarp();
+}
+
+// Rows go to the output, or to the CTA that merges them.
+template <typename Traits>
+struct PushSink {
+  const AttendParams& p;
+  Pushed<Traits, 1>& pushed;
+  int rank;
+
+  __device__ __forceinline__ void store4(bool direct, int row, int d, float4 o) const {
+    if (direct) {
+      decode90::store4<Traits>(p, true, row, d, o);
+    } else {
+      pushed.push4(rank, row, d, o);
+    }
+  }
+  __device__ __forceinline__ void store_lse(bool direct, int row, float lse) const {
+    if (direct) {
+      decode90::store_lse(p, true, row, lse);
+    } else {
+      pushed.push_lse(rank, row, lse);
+    }
+  }
+};
+
+// --- The kernel ------------------------------------------------------------------------------------------------------
+
+template <typename Traits, typename Score>
+__global__ void __cluster_dims__(kClusterCtas, 1, 1) __launch_bounds__(kTopkThreads, 1)
+    attend_topk_kernel(const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map,
+                       const __grid_constant__ TopkParams params) {
+  extern __shared__ __align__(1024) uint8_t storage[];
+  auto& shared = *reinterpret_cast<TopkStorage<Traits>*>(storage);
+  const SelectParams& select = params.select;
+  const AttendParams& p = params.attend;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int kv_head = blockIdx.x / kClusterCtas, rank = blockIdx.x % kClusterCtas;
+
+  if (!params.behind_store) wait_for_primary();
+  const int column = select.sparse.sink_pages + first_column(rank, warp, lane / score::kPages) + lane % score::kPages;
+  const int32_t ids = column < p.plan.max_pages ? p.plan.kv_indices[column] : 0;  // may be behind the last page
+  const Choice choice(select, 0);
+  const int last_page_len = p.plan.last_page_len[0];
+  const score::Scorer<Score> scorer(select, score::Slots(select));
+  const auto* queries = static_cast<const typename Traits::Element*>(p.q) + kv_head * params.group * p.q_stride_head;
+  if (lane < params.group) prefetch_l2(queries + lane * p.q_stride_head + warp % 2 * (Traits::kHeadDim / 2));
+  if (lane == 0) {
+    for (int i = 0; i < kTopkRounds; ++i) mbarrier_init(&shared.summaries[warp][i], 1);
+    for (int i = 0; i < Traits::kStages; ++i) mbarrier_init(&shared.pieces[warp][i], 1);
+    if (warp == 0) {
+      shared.pushed.init();
+      mbarrier_init(&shared.all_scored, 1);
+      prefetch_tensor_map(&k_map);
+      prefetch_tensor_map(&v_map);
+    }
+    mbarrier_init_fence();
+  }
+  __syncwarp();
+  cluster_arrive_relaxed();
+
+  const int32_t columns = choice.columns();
+  for (int i = 0; i < kTopkRounds; ++i) {
+    const int32_t count = min(columns - first_column(rank, warp, i), score::kPages);
+    if (count <= 0) break;
+    const int32_t page = __shfl_sync(~0u, ids, i * score::kPages + lane % score::kPages);
+    Mbarrier* there = &shared.summaries[warp][i];
+    if (lane == 0) mbarrier_arrive_expect_tx(there, count * scorer.head_bytes);
+    if (lane < count) {
+      bulk_load(shared.warps[warp].summaries[i] + lane * scorer.head_bytes,
+                static_cast<const unsigned char*>(select.pages.summaries.data) +
+                    uint64_t{static_cast<uint32_t>(page)} * scorer.page_bytes + kv_head * scorer.head_bytes,
+                scorer.head_bytes, there);
+    }
+  }
+
+  score::Queries<Score> score_queries;
+  score_queries.load(select, scorer.slots, score::Members{1, 0, 0}, kv_head, 0);
+  ShortTile<Traits, 1> state;
+  state.load_queries(queries, min(lane % 8, params.group - 1) * p.q_stride_head, lane);
+
+  // Meanwhile: which part of the list this CTA attends to, and of that all that needs no score.
+  shared.counts.clear();
+  if (threadIdx.x == 0 && columns > 0) {
+    mbarrier_arrive_expect_tx(&shared.all_scored, columns * sizeof(Scored));
+  }
+  const int num_pages = choice.needed() ? choice.budget : choice.pages;
+  const OwnKeys own(num_pages > 0 ? (num_pages - 1) * p.page_size + last_page_len : 0, params.page_shift, rank);
+  const auto put = [&](int i, int32_t page) { shared.list[i - own.first_page] = page; };
+  for (int i = own.first_page + threadIdx.x; i < own.end_page; i += kTopkThreads) {
+    const bool recent = choice.needed() && i >= num_pages - select.sparse.recent_pages;
+    if (!choice.needed() || i < select.sparse.sink_pages || recent) {
+      put(i, choice.table[recent ? choice.pages - num_pages + i : i]);
+    }
+  }
+
+  cluster_wait();  // for the barriers of the others
+  score_columns<Traits>(shared, scorer, score_queries, ids, columns, rank, warp, lane);
+  __syncthreads();  // counts are clear
+  if (columns > 0) {
+    mbarrier_wait(&shared.all_scored, 0);
+    const ScoredColumns scored(shared.scored, columns);
+    const Threshold threshold = find_threshold(scored, key_range(scored, shared.counts), choice.count(select),
+                                               shared.counts, [](uint32_t) { return 1; });
+    for_each_chosen(scored, threshold, shared.counts, [&](int32_t i, int32_t column) {
+      const int at = select.sparse.sink_pages + i;
+      if (own.has(at)) put(at, shared.scored[column].page);
+    });
+    __syncthreads();
+  }
+
+  const PieceCopies<Traits> copies{shared, &k_map, &v_map, own, params.page_shift, kv_head, warp};
+  if (params.behind_store) wait_for_primary();  // for the step's own key
+  if (lane < Traits::kStages) copies.ask(lane);
+  if (columns > 0) {  // for layers that read the same pages
+    for (int i = own.first_page + threadIdx.x; i < own.end_page; i += kTopkThreads) {
+      list_of(select, 0, kv_head)[i] = shared.list[i - own.first_page];
+    }
+  }
+  state.clear();
+  state.hide_others(0, own.end, lane);
+  __syncwarp();
+#pragma unroll 1
+  for (int i = 0; copies.first_key(i) < own.end; ++i) {
+    auto& piece = shared.warps[warp].pieces[i % Traits::kStages];
+    const int first = copies.first_key(i);
+    const bool masked = first + kWarpKeys > own.end;
+    copies.wait(i);
+    if (masked) zero_values(piece, own.end - first, lane);
+    state.template add_keys<Traits::kSlabBytes>(params, shared_address(piece.k) + lane % 16 * 128,
+                                                shared_address(piece.v) + (lane % 8 + lane / 16 * 8) * 128, first,
+                                                masked, lane);
+    __syncwarp();
+    if (lane == 0) copies.ask(i + Traits::kStages);
+  }
+
+  // One tile a CTA, merged by whom its head belongs to.
+  const unsigned in = own.ctas();
+  const bool alone = __popc(in) == 1;
+  const int first_row = alone ? kv_head * params.group : 0;
+  if (in >> rank & 1) {
+    state.add_lanes();
+    state.leave(shared.warps[warp].pieces[0].share, 0, lane);
+    __syncthreads();
+    combine_shares<Traits, kClusterWarps>([&](int w) -> const auto& { return shared.warps[w].pieces[0].share; }, params,
+                                          params.group, alone, first_row + lane,
+                                          PushSink<Traits>{p, shared.pushed, rank}, warp, kClusterWarps, lane);
+  }
+  if (warp == 0 && rank < params.group && !alone) {
+    shared.pushed.wait(0, in, lane);
+    merge_pushed(shared.pushed, 0, in, p, kv_head * params.group + rank, lane);
+  }
+}
+
+}  // namespace flashcore::decode90

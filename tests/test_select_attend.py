@@ -1,0 +1,226 @@
+"""select_attend gives what select and attend do one after the other, to the bit, in however many launches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+from flashcore_sglang import ops, variants
+from flashcore_sglang.kernel import Kernel
+from flashcore_sglang.planner import (
+    Capacity,
+    GroupReduction,
+    Planner,
+    PlannerOptions,
+    Policy,
+    Summaries,
+    SummaryKind,
+    SummarySpec,
+    make_planner,
+)
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+BUDGET, SINKS, RECENT = 12, 1, 2
+
+
+@dataclass(frozen=True)
+class Case:
+    kv_lens: tuple[int, ...]
+    num_kv_heads: int = 8
+    group: int = 4
+    head_dim: int = 128
+    page_size: int = 64
+    dtype: torch.dtype = torch.bfloat16
+    kind: SummaryKind = SummaryKind.MEAN_STD
+    reduction: GroupReduction = GroupReduction.MAX
+    fp8: bool = False
+    cap: float = 0.0
+    top_p: float = 1.0
+    split_keys: int = 0
+    same: bool = False  # all pages score alike
+
+    @property
+    def pages(self) -> list[int]:
+        return [-(-keys // self.page_size) for keys in self.kv_lens]
+
+
+CASES = {
+    "one request": Case((9000,)),
+    "one request, its page is full": Case((8960,)),
+    "one request, its page is new": Case((8961,)),
+    "one request on as many pages as a cluster chooses from": Case(((2048 + 3) * 64 - 1,)),
+    "... and one more": Case(((2048 + 3) * 64 + 1,)),
+    "just above the budget": Case((12 * 64 + 1,)),
+    "just the budget": Case((12 * 64,)),
+    "within the budget": Case((300,)),
+    "one key": Case((1,)),
+    "no key": Case((0,)),
+    "group of 8": Case((5000,), group=8),
+    "group of 7": Case((5000,), group=7),
+    "group of 1": Case((5000,), group=1),
+    "group of 10": Case((5000,), group=10),
+    "head size 64, fp16": Case((5000,), head_dim=64, dtype=torch.float16),
+    "4 KV heads": Case((5000,), num_kv_heads=4),
+    "fp8 summaries": Case((5000,), fp8=True),
+    "min_max": Case((5000,), kind=SummaryKind.MIN_MAX),
+    "mean, logsumexp": Case((5000,), kind=SummaryKind.MEAN, reduction=GroupReduction.LOGSUMEXP),
+    "mean of the group": Case((5000,), reduction=GroupReduction.MEAN),
+    "pages of 16": Case((5000,), page_size=16),
+    "pages of 128": Case((5000,), page_size=128),
+    "a soft cap": Case((5000,), cap=20.0),
+    "top-p": Case((5000,), top_p=0.4),
+    "deterministic": Case((5000,), split_keys=256),
+    "ties": Case((9000,), same=True),
+    "two requests": Case((9000, 100)),
+    "nine requests": Case((9000, 100, 3000, 64, 1, 800, 769, 6400, 5)),
+}
+
+
+class Layer:
+    """A layer of a case: its caches, poisoned where nothing is to be read, its planner and its kernel."""
+
+    def __init__(self, case: Case, device: str) -> None:
+        heads = case.num_kv_heads * case.group
+        dtype = ops.DTYPES[case.dtype]
+        shape = variants.Shape(heads, case.num_kv_heads, case.head_dim, case.page_size, dtype, "decode")
+        choice = variants.choose(shape, variants.device_of(device))
+        columns, total = max(case.pages, default=1) or 1, sum(case.pages)
+        options = PlannerOptions(
+            policy=Policy.TOPK,
+            page_size=case.page_size,
+            sink_pages=SINKS,
+            recent_pages=RECENT,
+            budget_pages=BUDGET,
+            group_reduction=case.reduction,
+            top_p=case.top_p,
+            split_keys=case.split_keys,
+            max_columns=columns,
+        )
+        batch = len(case.kv_lens)
+        capacity = Capacity(
+            batch=batch,
+            tokens=batch,
+            pages=max(total, 1),
+            num_pages=total + 1,
+            num_kv_heads=case.num_kv_heads,
+            group=case.group,
+            sparse_pages=options.sparse_pages(batch, case.num_kv_heads),
+            page_size=case.page_size,
+            split_keys=case.split_keys,
+            **choice.plan_sizes,
+        )
+        torch.manual_seed(len(case.kv_lens) + case.kv_lens[0])
+        cache = (2, total + 1, case.page_size, case.num_kv_heads, case.head_dim)
+        pages = torch.randn(cache) if not case.same else torch.randn(cache[2:]).expand(cache).clone()
+        self.k, self.v = pages.to(case.dtype).to(device)
+        self.q = torch.randn(batch, heads, case.head_dim).to(case.dtype).to(device)
+        spec = SummarySpec([0], case.head_dim, case.dtype, columns, kind=case.kind, fp8=case.fp8)
+        self.summaries = Summaries(spec, total + 1, case.num_kv_heads, device)
+        self.planner: Planner = make_planner(options, capacity, device, self.summaries)
+        self.kernel = Kernel(choice, capacity, case.head_dim, device)
+        indptr = torch.tensor([0, *case.pages]).cumsum(0).int()
+        table = torch.randperm(total).int()
+        last = torch.tensor(
+            [keys - max(n - 1, 0) * case.page_size for keys, n in zip(case.kv_lens, case.pages, strict=True)]
+        ).int()
+        self.planner.begin_csr(None, indptr, table, last)
+        self.planner.after_store(0, self.k, torch.zeros(batch, dtype=torch.int32, device=device))
+        for end, keys in zip(indptr[1:].tolist(), last.tolist(), strict=True):
+            if 0 < keys < case.page_size:
+                self.k[table[end - 1], keys:] = self.v[table[end - 1], keys:] = torch.nan
+        self.settings = {
+            "sm_scale": case.head_dim**-0.5,
+            "causal": True,
+            "window_left": -1,
+            "logits_soft_cap": case.cap,
+            "decode": True,
+        }
+
+    def attend(self, together: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Output, LSE and page lists."""
+        out = torch.full_like(self.q, torch.nan)
+        lse = torch.full(self.q.shape[:2], torch.nan, device=self.q.device)
+        lists = self.planner.plan.kv_indices[self.planner.capacity.pages :]
+        lists.fill_(-1)
+        inputs = self.q, self.k, self.v, out, lse
+        if together:
+            plan, selection = self.planner.plan_of(0), self.planner.selection_of(0)
+            self.kernel.attend(plan, *inputs, selection=selection, **self.settings)
+        else:
+            self.kernel.attend(self.planner.for_layer(0, self.q, self.k), *inputs, **self.settings)
+        return out, lse, lists.clone()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", CASES)
+def test_it_gives_what_select_and_attend_give(name: str, device: str) -> None:
+    case = CASES[name]
+    if device == "cpu":
+        case = replace(case, kv_lens=tuple(min(keys, 9000) for keys in case.kv_lens))
+    layer = Layer(case, device)
+    together = layer.attend(together=True)
+    # A plan's tiles are shortened by the first selection under top-p, the second one finds them so.
+    apart = layer.attend(together=False)
+    again = layer.attend(together=True)
+    for what, ours, expected, second in zip(("out", "lse", "lists"), together, apart, again, strict=True):
+        assert not ours.isnan().any(), f"{name}: {what} was not written"
+        assert torch.equal(ours, expected), f"{name}: {what} differs from select and attend"
+        assert torch.equal(ours, second), f"{name}: {what} differs from run to run"
+
+
+@pytest.mark.gpu
+def test_a_captured_step_follows_its_plan() -> None:
+    """Within the budget, above it and back: the same graph."""
+    case = CASES["one request"]
+    long = Layer(case, "cuda")
+    out = torch.empty_like(long.q)
+    stream = torch.cuda.Stream()
+    selection = long.planner.selection_of(0)
+
+    def step() -> None:
+        long.kernel.attend(long.planner.plan_of(0), long.q, long.k, long.v, out, selection=selection, **long.settings)
+
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    table = torch.randperm(sum(case.pages)).int()
+    for keys in (700, 9000, 64, 8961):
+        pages = -(-keys // case.page_size)
+        lens = torch.tensor([keys - (pages - 1) * case.page_size]).int()
+        long.k.nan_to_num_()
+        long.v.nan_to_num_()
+        long.planner.begin_csr(None, torch.tensor([0, pages]).int(), table[:pages], lens)
+        long.planner.after_store(0, long.k, torch.zeros(1, dtype=torch.int32, device="cuda"))
+        graph.replay()
+        captured = out.clone()
+        expected, _, _ = long.attend(together=False)
+        assert torch.equal(captured, expected), keys
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("keys", [700, 768, 8961, 8960])
+def test_it_may_begin_beside_the_store_of_its_own_key(keys: int) -> None:
+    case = replace(CASES["one request"], kv_lens=(keys,))
+    layer = Layer(case, "cuda")
+    plan = layer.planner.plan
+    page = int(plan.kv_indices[case.pages[0] - 1])
+    slots = torch.tensor([page * case.page_size + (keys - 1) % case.page_size], device="cuda")
+    selection = layer.planner.selection_of(0)
+    for _ in range(50):
+        k, v = torch.randn(2, 1, case.num_kv_heads, case.head_dim, dtype=case.dtype, device="cuda")
+        outs = [torch.empty_like(layer.q) for _ in range(2)]
+        for out, beside in zip(outs, (True, False), strict=True):
+            assert layer.summaries.store(plan, 0, k, v, slots, layer.k, layer.v, None)
+            if not beside:
+                torch.cuda.synchronize()
+            layer.kernel.attend(
+                plan, layer.q, layer.k, layer.v, out, selection=selection, behind_store=beside, **layer.settings
+            )
+            layer.k.view(-1, case.num_kv_heads, case.head_dim)[slots] = torch.nan
+            layer.v.view(-1, case.num_kv_heads, case.head_dim)[slots] = torch.nan
+        assert torch.equal(*outs)
