@@ -170,6 +170,25 @@ def test_it_gives_what_select_and_attend_give(name: str, device: str) -> None:
         assert torch.equal(ours, second), f"{name}: {what} differs from run to run"
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("batch", [1, 3, 5, 8, 9, 20])
+def test_within_the_budget_it_is_exact(batch: int, device: str) -> None:
+    """To the bit: whatever kernel policy exact takes, topk's is of the same cuts."""
+    layer = Layer(Case(tuple(400 + 13 * i for i in range(batch))), device)
+    out, lse, _ = layer.attend(together=True)
+    topk = layer.planner
+    exact = make_planner(
+        replace(topk.options, policy=Policy.EXACT), replace(topk.capacity, sparse_pages=0), device, layer.summaries
+    )
+    plan = topk.plan
+    pages = int(plan.kv_indptr[batch])
+    exact.begin_csr(None, plan.kv_indptr[: batch + 1], plan.kv_indices[:pages], plan.last_page_len[:batch])
+    expected, expected_lse = torch.empty_like(out), torch.empty_like(lse)
+    layer.kernel.attend(exact.plan, layer.q, layer.k, layer.v, expected, expected_lse, **layer.settings)
+    assert torch.equal(out, expected)
+    assert torch.equal(lse, expected_lse)
+
+
 @pytest.mark.gpu
 def test_a_captured_step_follows_its_plan() -> None:
     """Within the budget, above it and back: the same graph."""

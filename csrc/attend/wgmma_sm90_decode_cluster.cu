@@ -60,10 +60,8 @@ bool fits_packed_rows(const Params& params) {
 
 bool fits_cluster(const Params& params) {
   const AttendParams& p = params.attend;
-  // Behind select the kernel must not leave before that is over, and the other one finds no room.
   return p.free_cuts && p.num_kv_heads == kClusterHeads && p.batch <= kClusterBatch && params.group <= kShortQueries &&
          p.num_tokens * params.group <= kFewQueries && has_short_strides(p) &&
-         (p.lists_begin == 0 || fits_packed_rows(params)) &&
          dispatch(params, [&](auto launcher) { return launcher.fits(p); });
 }
 
