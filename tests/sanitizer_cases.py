@@ -62,6 +62,7 @@ def run_topk() -> None:
     os.environ |= {f"FLASHCORE_{name}_TOKENS": str(n) for name, n in (("SINK", 64), ("RECENT", 64), ("BUDGET", 256))}
     for case in (
         decode("topk", 900, 130, 70, head_dim=128, page_size=PAGE),
+        decode("topk of a cluster a KV head", 900, num_heads=32, num_kv_heads=8, head_dim=128, page_size=PAGE),
         decode("topk shared", *range(1200, 1236), head_dim=128, page_size=PAGE, shared_pages=16),
     ):
         problem = make(case, "cuda")

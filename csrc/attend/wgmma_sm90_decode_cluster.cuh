@@ -54,7 +54,7 @@ __global__ void __cluster_dims__(kClusterCtas, 1, 1) __launch_bounds__(kClusterT
   HeadRows rows(params, kv_head, rank, lane);
   item.load_entries(p.plan, lane);
   if (params.serves == Serves::not_sharing) {
-    if (keeps) return wait_in_one_cta();
+    if (keeps) return;
     allow_dependents();  // there is room beside this kernel for those behind it to leave
   }
   const TileRange range = rows.range();
