@@ -194,7 +194,7 @@ std::vector<Topk> topk_cases() {
     }
   }
   for (int page : {16, 32, 128}) {
-    cases.push_back({.name = "page " + std::to_string(page), .kv_len = 40001, .budget = 64, .page_size = page});
+    cases.push_back({.name = "page " + std::to_string(page), .kv_len = 30001, .budget = 64, .page_size = page});
   }
   cases.push_back({.name = "sinks 0, recent 1", .kv_len = 50000, .budget = 64, .sinks = 0, .recent = 1});
   cases.push_back({.name = "sinks 9, recent 20", .kv_len = 50000, .budget = 64, .sinks = 9, .recent = 20});
