@@ -82,6 +82,16 @@ struct TopkStorage {
   Mbarrier all_scored;
   Mbarrier summaries[kClusterWarps][kTopkRounds];
   Mbarrier pieces[kClusterWarps][Traits::kStages];
+
+  // One lane of each warp.
+  __device__ __forceinline__ void init(int warp) {
+    for (int i = 0; i < kTopkRounds; ++i) mbarrier_init(&summaries[warp][i], 1);
+    for (int i = 0; i < Traits::kStages; ++i) mbarrier_init(&pieces[warp][i], 1);
+    if (warp == 0) {
+      pushed.init();
+      mbarrier_init(&all_scored, 1);
+    }
+  }
 };
 
 // --- Scores ----------------------------------------------------------------------------------------------------------
@@ -92,8 +102,28 @@ __device__ __forceinline__ int32_t first_column(int rank, int warp, int round) {
   return (round * kUnitsPerRound + rank * kClusterWarps + warp) * score::kPages;
 }
 
-// Scores this warp's part of the columns and tells all CTAs of the cluster. ids: lane l has page l % 16 of the unit of
-// round l / 16.
+// Asks for the summaries that this warp scores. ids: lane l has page l % 16 of the unit of round l / 16.
+template <typename Traits, typename Score>
+__device__ __forceinline__ void copy_summaries(TopkStorage<Traits>& shared, const score::Scorer<Score>& scorer,
+                                               int32_t ids, int32_t columns, int kv_head, int rank, int warp,
+                                               int lane) {
+  static_assert(Score::kVectors * Traits::kHeadDim * sizeof(typename Score::S) <= kMostSummary);
+  const auto* summaries = static_cast<const unsigned char*>(scorer.p.pages.summaries.data);
+  for (int round = 0; round < kTopkRounds; ++round) {
+    const int32_t count = min(columns - first_column(rank, warp, round), score::kPages);
+    if (count <= 0) break;
+    const int32_t page = __shfl_sync(~0u, ids, round * score::kPages + lane % score::kPages);
+    Mbarrier* there = &shared.summaries[warp][round];
+    if (lane == 0) mbarrier_arrive_expect_tx(there, count * scorer.head_bytes);
+    if (lane < count) {
+      bulk_load(shared.warps[warp].summaries[round] + lane * scorer.head_bytes,
+                summaries + uint64_t{static_cast<uint32_t>(page)} * scorer.page_bytes + kv_head * scorer.head_bytes,
+                scorer.head_bytes, there);
+    }
+  }
+}
+
+// Scores this warp's part of the columns and tells all CTAs of the cluster.
 template <typename Traits, typename Score>
 __device__ __forceinline__ void score_columns(TopkStorage<Traits>& shared, const score::Scorer<Score>& scorer,
                                               const score::Queries<Score>& queries, int32_t ids, int32_t columns,
@@ -175,17 +205,20 @@ struct PieceCopies {
   int page_shift, kv_head, warp;
 
   __device__ __forceinline__ int first_key(int i) const { return own.begin + (i * kClusterWarps + warp) * kWarpKeys; }
+  __device__ __forceinline__ TopkPiece<Traits>& piece(int i) const {
+    return shared.warps[warp].pieces[i % Traits::kStages];
+  }
   // Asks for piece i, into stage i % kStages; one lane.
   __device__ __forceinline__ void ask(int i) const {
     const int key = first_key(i);
     if (key >= own.end) return;
-    const int stage = i % Traits::kStages, page = shared.list[(key >> page_shift) - own.first_page];
+    const int page = shared.list[(key >> page_shift) - own.first_page];
     const int token = key & ((1 << page_shift) - 1);
-    auto& piece = shared.warps[warp].pieces[stage];
-    Mbarrier* there = &shared.pieces[warp][stage];
+    TopkPiece<Traits>& to = piece(i);
+    Mbarrier* there = &shared.pieces[warp][i % Traits::kStages];
     mbarrier_arrive_expect_tx(there, 2 * Traits::kOperandBytes);
-    tma_load_cache(piece.k, k_map, there, token, 0, kv_head, page, kEvictFirst);
-    tma_load_cache(piece.v, v_map, there, token, 0, kv_head, page, kEvictFirst);
+    tma_load_cache(to.k, k_map, there, token, 0, kv_head, page, kEvictFirst);
+    tma_load_cache(to.v, v_map, there, token, 0, kv_head, page, kEvictFirst);
   }
   __device__ __forceinline__ void wait(int i) const {
     mbarrier_wait(&shared.pieces[warp][i % Traits::kStages], i / Traits::kStages & 1);
@@ -202,6 +235,28 @@ __device__ __forceinline__ void zero_values(TopkPiece<Traits>& piece, int first,
     }
   }
   __syncwarp();
+}
+
+// Adds a warp's pieces, the first ones of which have been asked for, one after the other.
+template <typename Traits>
+__device__ __forceinline__ void add_own_keys(ShortTile<Traits, 1>& state, const PieceCopies<Traits>& copies,
+                                             const Params& params, int lane) {
+  state.clear();
+  state.hide_others(0, copies.own.end, lane);
+  __syncwarp();
+#pragma unroll 1
+  for (int i = 0; copies.first_key(i) < copies.own.end; ++i) {
+    const int first = copies.first_key(i);
+    const bool masked = first + kWarpKeys > copies.own.end;
+    TopkPiece<Traits>& piece = copies.piece(i);
+    copies.wait(i);
+    if (masked) zero_values(piece, copies.own.end - first, lane);
+    state.template add_keys<Traits::kSlabBytes>(params, shared_address(piece.k) + lane % 16 * 128,
+                                                shared_address(piece.v) + (lane % 8 + lane / 16 * 8) * 128, first,
+                                                masked, lane);
+    __syncwarp();
+    if (lane == 0) copies.ask(i + Traits::kStages);
+  }
 }
 
 // Rows go to the output, or to the CTA that merges them.
@@ -249,11 +304,8 @@ __global__ void __cluster_dims__(kClusterCtas, 1, 1) __launch_bounds__(kTopkThre
   const auto* queries = static_cast<const typename Traits::Element*>(p.q) + kv_head * params.group * p.q_stride_head;
   if (lane < params.group) prefetch_l2(queries + lane * p.q_stride_head + warp % 2 * (Traits::kHeadDim / 2));
   if (lane == 0) {
-    for (int i = 0; i < kTopkRounds; ++i) mbarrier_init(&shared.summaries[warp][i], 1);
-    for (int i = 0; i < Traits::kStages; ++i) mbarrier_init(&shared.pieces[warp][i], 1);
+    shared.init(warp);
     if (warp == 0) {
-      shared.pushed.init();
-      mbarrier_init(&shared.all_scored, 1);
       prefetch_tensor_map(&k_map);
       prefetch_tensor_map(&v_map);
     }
@@ -263,20 +315,7 @@ __global__ void __cluster_dims__(kClusterCtas, 1, 1) __launch_bounds__(kTopkThre
   cluster_arrive_relaxed();
 
   const int32_t columns = choice.columns();
-  for (int i = 0; i < kTopkRounds; ++i) {
-    const int32_t count = min(columns - first_column(rank, warp, i), score::kPages);
-    if (count <= 0) break;
-    const int32_t page = __shfl_sync(~0u, ids, i * score::kPages + lane % score::kPages);
-    Mbarrier* there = &shared.summaries[warp][i];
-    if (lane == 0) mbarrier_arrive_expect_tx(there, count * scorer.head_bytes);
-    if (lane < count) {
-      bulk_load(shared.warps[warp].summaries[i] + lane * scorer.head_bytes,
-                static_cast<const unsigned char*>(select.pages.summaries.data) +
-                    uint64_t{static_cast<uint32_t>(page)} * scorer.page_bytes + kv_head * scorer.head_bytes,
-                scorer.head_bytes, there);
-    }
-  }
-
+  copy_summaries<Traits>(shared, scorer, ids, columns, kv_head, rank, warp, lane);
   score::Queries<Score> score_queries;
   score_queries.load(select, scorer.slots, score::Members{1, 0, 0}, kv_head, 0);
   ShortTile<Traits, 1> state;
@@ -320,22 +359,7 @@ __global__ void __cluster_dims__(kClusterCtas, 1, 1) __launch_bounds__(kTopkThre
       list_of(select, 0, kv_head)[i] = shared.list[i - own.first_page];
     }
   }
-  state.clear();
-  state.hide_others(0, own.end, lane);
-  __syncwarp();
-#pragma unroll 1
-  for (int i = 0; copies.first_key(i) < own.end; ++i) {
-    auto& piece = shared.warps[warp].pieces[i % Traits::kStages];
-    const int first = copies.first_key(i);
-    const bool masked = first + kWarpKeys > own.end;
-    copies.wait(i);
-    if (masked) zero_values(piece, own.end - first, lane);
-    state.template add_keys<Traits::kSlabBytes>(params, shared_address(piece.k) + lane % 16 * 128,
-                                                shared_address(piece.v) + (lane % 8 + lane / 16 * 8) * 128, first,
-                                                masked, lane);
-    __syncwarp();
-    if (lane == 0) copies.ask(i + Traits::kStages);
-  }
+  add_own_keys(state, copies, params, lane);
 
   // One tile a CTA, merged by whom its head belongs to.
   const unsigned in = own.ctas();
