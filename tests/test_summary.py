@@ -530,3 +530,39 @@ def test_a_page_gets_its_summary_in_the_step_that_fills_it(kind: SummaryKind, de
     assert torch.equal(summaries[filled], fresh[filled])
     rest = [page for page in range(batch.num_pages) if page != filled]
     assert torch.equal(summaries[rest], before[rest])
+
+
+STORE_FAULTS = {
+    "k: expected a token of each of 2 requests, got 1": {"k": torch.zeros(1, 2, 64), "v": torch.zeros(1, 2, 64)},
+    "qo_indptr: expected it beside first_page": {"first_page": torch.zeros(2, dtype=torch.int32)},
+    "slots: expected int64, got int32": {"slots": torch.zeros(2, dtype=torch.int32)},
+    "slots: expected at least 2 entries, got 1": {"slots": torch.zeros(1, dtype=torch.int64)},
+    r"v: expected shape \[2, 2, 64\] \(as k\), got \[2, 1, 64\]": {"v": torch.zeros(2, 1, 64)},
+    "v: expected float32, got bfloat16": {"v": torch.zeros(2, 2, 64, dtype=torch.bfloat16)},
+    r"v_cache: expected shape \[4, 16, 2, 64\] \(as k_cache\)": {"v_cache": torch.zeros(4, 8, 2, 64)},
+    r"summaries: expected shape": {"summaries": torch.zeros(4, 2, 1, 64)},
+}
+
+
+@pytest.mark.parametrize("message", STORE_FAULTS)
+def test_store_says_what_is_wrong_and_writes_nothing(message: str) -> None:
+    given = {
+        "k": torch.ones(2, 2, 64),
+        "v": torch.ones(2, 2, 64),
+        "slots": torch.tensor([16, 63]),
+        "qo_indptr": None,
+        "k_cache": torch.zeros(4, 16, 2, 64),
+        "v_cache": torch.zeros(4, 16, 2, 64),
+        "kv_indptr": torch.tensor([0, 1, 2], dtype=torch.int32),
+        "kv_indices": torch.tensor([1, 3], dtype=torch.int32),
+        "last_page_len": torch.tensor([1, 16], dtype=torch.int32),
+        "first_page": None,
+        "summaries": torch.zeros(4, 2, 2, 64),
+    }
+    ops.store(**given, max_columns=1, summary_kind=0)  # type: ignore[arg-type]
+    assert given["k_cache"].sum() == given["v_cache"].sum() == 2 * 2 * 64  # type: ignore[union-attr]
+    given |= STORE_FAULTS[message]
+    given["k_cache"].zero_()  # type: ignore[union-attr]
+    with pytest.raises(RuntimeError, match=f"flashcore.store: {message}.*; "):
+        ops.store(**given, max_columns=1, summary_kind=0)  # type: ignore[arg-type]
+    assert not given["k_cache"].any()  # type: ignore[union-attr]

@@ -209,8 +209,8 @@ cudaError_t run_either(const Params& params) {
 }
 
 // A cluster a KV head takes half of the SMs, so that the other kernel leaves beside it.
-// They begin when select has ended: one that leaves must not do so before, and 64 CTAs of select leave few GPCs room for
-// a cluster (8 x 128K, 30 % read: 297 us of attention behind select, 335 beside it).
+// They begin when select has ended: one that leaves must not do so before, and 64 CTAs of select leave few GPCs room
+// for a cluster (8 x 128K, 30 % read: 297 us of attention behind select, 335 beside it).
 cudaError_t run_cluster_or_few(const Params& given) {
   Params params = given;
   params.attend.lists_begin = 0;
