@@ -17,7 +17,8 @@
 // Else the plan decides, on the device: both are launched, and this one, which comes first, leaves at once where it
 // finds no packed row (2 us). Steps of up to 16 packed queries and 8 KV heads have a kernel that merges by itself
 // (wgmma_sm90_decode_cluster.cuh); those of up to 32 have that one where nothing is shared, and the smaller one beside
-// it, which leaves or not.
+// it, which leaves or not. One request under policy topk has a kernel that selects its pages, too
+// (wgmma_sm90_decode_topk.cuh).
 //
 // Tried on an H200 (32 query and 8 KV heads of 128, bf16, pages of 64; a plain read of 8 GB: 4.46 to 4.56 TB/s):
 // - Short tiles: 16 keys of every unit a warp, S^T = K Q^T with mma.sync. Not wgmma: the tensor cores idle either way,
