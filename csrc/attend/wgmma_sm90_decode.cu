@@ -179,15 +179,7 @@ Params make_params(const AttendParams& p) {
 cudaError_t run_many(const Params& params) {
   const AttendParams& p = params.attend;
   CUtensorMap k_map, v_map;
-  PagedCache cache{p.k,         p.dtype,         p.head_dim,       p.page_size,    p.num_kv_heads,
-                   p.num_pages, p.k_stride_page, p.k_stride_token, p.k_stride_head};
-  cudaError_t error = make_cache_map(&k_map, cache, params.box_tokens, params.box_slabs);
-  if (error != cudaSuccess) return error;
-  cache.base = p.v;
-  cache.stride_page = p.v_stride_page;
-  cache.stride_token = p.v_stride_token;
-  cache.stride_head = p.v_stride_head;
-  error = make_cache_map(&v_map, cache, params.box_tokens, params.box_slabs);
+  const cudaError_t error = make_cache_maps(&k_map, &v_map, p, params.box_tokens, params.box_slabs);
   if (error != cudaSuccess) return error;
   return p.dtype == DType::bf16 ? dispatch<__nv_bfloat16>(k_map, v_map, params)
                                 : dispatch<__half>(k_map, v_map, params);

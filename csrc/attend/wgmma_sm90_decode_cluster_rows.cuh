@@ -12,6 +12,9 @@ constexpr int kClusterBatch = 16;  // requests at most: fewer than 32 rows, one 
 constexpr int kKept = 1 << 30;     // partial results from here on are kept: query i of the line at kKept + i
 constexpr int kStartPieces = 8;    // what the start and end of a tile cost, in pieces of 16 keys
 
+// Pieces that a CTA of the cluster takes of a line of `length`. What is cut alike gives the same bits.
+__device__ __forceinline__ int share_of_cta(int length) { return max(ceil_div(length, kClusterCtas), kClusterWarps); }
+
 // The rows of a plan for one KV head, one a lane, on a line in pieces of 16 keys that is cut evenly over the cluster's
 // CTAs. A warp makes it for itself, of one load; PieceLoader reads it as it reads TileWindow.
 class HeadRows {
@@ -34,7 +37,7 @@ class HeadRows {
     first_piece_ = end - length;
     first_query_ = last_query - queries;
     num_queries_ = __shfl_sync(~0u, last_query, most_rows - 1);
-    share_ = max(ceil_div(__shfl_sync(~0u, end, most_rows - 1), kClusterCtas), kClusterWarps);
+    share_ = share_of_cta(__shfl_sync(~0u, end, most_rows - 1));
     piece_begin_ = min(max(rank * share_ - first_piece_, 0), pieces_);
     piece_end_ = min(max((rank + 1) * share_ - first_piece_, 0), pieces_);
   }

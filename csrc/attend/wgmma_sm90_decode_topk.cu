@@ -2,8 +2,6 @@
 // wgmma_sm90_decode_topk.cuh).
 #include <cuda_runtime.h>
 
-#include <type_traits>
-
 #include "attend/wgmma_sm90_decode.h"
 #include "attend/wgmma_sm90_decode_topk.cuh"
 
@@ -12,7 +10,7 @@ namespace {
 
 template <typename T, typename S, int kHeadDim, int kVectors>
 struct Launcher {
-  using Traits = TopkTraits<T, kHeadDim>;
+  using Traits = FewTraits<T, kHeadDim, kClusterWarps>;
   static constexpr auto kKernel = attend_topk_kernel<Traits, score::Traits<T, S, kHeadDim / 32, kVectors>>;
   static constexpr int kShared = sizeof(TopkStorage<Traits>);
   static_assert(kShared <= 227 * 1024);
@@ -25,15 +23,7 @@ struct Launcher {
     if (!fits()) return cudaErrorInvalidValue;
     const AttendParams& p = params.attend;
     CUtensorMap k_map, v_map;
-    PagedCache cache{p.k,         p.dtype,         p.head_dim,       p.page_size,    p.num_kv_heads,
-                     p.num_pages, p.k_stride_page, p.k_stride_token, p.k_stride_head};
-    cudaError_t error = make_cache_map(&k_map, cache, kWarpKeys, kHeadDim / kSlab);
-    if (error != cudaSuccess) return error;
-    cache.base = p.v;
-    cache.stride_page = p.v_stride_page;
-    cache.stride_token = p.v_stride_token;
-    cache.stride_head = p.v_stride_head;
-    error = make_cache_map(&v_map, cache, kWarpKeys, kHeadDim / kSlab);
+    const cudaError_t error = make_cache_maps(&k_map, &v_map, p, kWarpKeys, kHeadDim / kSlab);
     if (error != cudaSuccess) return error;
     return launch_dependent_shared(kKernel, kClusterHeads * kClusterCtas, kTopkThreads, kShared,
                                    static_cast<cudaStream_t>(p.stream), k_map, v_map, params);

@@ -18,6 +18,7 @@
 #pragma once
 
 #include "attend/wgmma_sm90_decode_cluster_merge.cuh"
+#include "attend/wgmma_sm90_decode_pieces.cuh"
 #include "attend/wgmma_sm90_decode_short_tile.cuh"
 #include "device/cluster.cuh"
 #include "device/dependent_launch.cuh"
@@ -28,7 +29,6 @@
 namespace flashcore::decode90 {
 
 constexpr int kTopkThreads = kClusterWarps * 32;
-constexpr int kWarpBytes = 24 * 1024;
 constexpr int kMostSummary = 512;                                          // bytes of a page and KV head
 constexpr int kTopkRounds = 2;                                             // units of pages that a warp scores at most
 constexpr int kUnitsPerRound = kClusterCtas * kClusterWarps;               // of a cluster
@@ -41,30 +41,11 @@ struct TopkParams : Params {
   int32_t behind_store;  // the launch before stores the step's keys and values, and all that is older is over
 };
 
-template <typename T, int kHeadDim_>
-struct TopkTraits {
-  using Element = T;
-  static constexpr int kHeadDim = kHeadDim_;
-  static constexpr int kOperandBytes = kWarpKeys * kHeadDim * 2;
-  static constexpr int kSlabBytes = kWarpKeys * 128;
-  static constexpr int kStages = kWarpBytes / (2 * kOperandBytes);
-};
-
-// Keys and values of 16 tokens; once they are consumed, what a warp leaves for the others.
-template <typename Traits>
-union TopkPiece {
-  struct {
-    uint8_t k[Traits::kOperandBytes];  // [slabs][16 keys][128 bytes], swizzled
-    uint8_t v[Traits::kOperandBytes];
-  };
-  Share<Traits::kHeadDim> share;
-};
-
 // A warp's memory: summaries of the pages of each round, then pieces.
 template <typename Traits>
 union WarpMemory {
   unsigned char summaries[kTopkRounds][score::kPages * kMostSummary];
-  TopkPiece<Traits> pieces[Traits::kStages];
+  Piece<Traits> pieces[Traits::kStages];
 };
 
 struct Scored {
@@ -185,7 +166,7 @@ struct OwnKeys {
   int first_page, end_page;
 
   __device__ __forceinline__ OwnKeys(int keys, int page_shift, int rank) : pieces(max(1, ceil_div(keys, kWarpKeys))) {
-    share = max(ceil_div(pieces + kStartPieces, kClusterCtas), kClusterWarps);
+    share = share_of_cta(pieces + kStartPieces);
     begin = min(rank * share, pieces) * kWarpKeys;
     end = min(min((rank + 1) * share, pieces) * kWarpKeys, keys);
     first_page = begin >> page_shift;
@@ -205,7 +186,7 @@ struct PieceCopies {
   int page_shift, kv_head, warp;
 
   __device__ __forceinline__ int first_key(int i) const { return own.begin + (i * kClusterWarps + warp) * kWarpKeys; }
-  __device__ __forceinline__ TopkPiece<Traits>& piece(int i) const {
+  __device__ __forceinline__ Piece<Traits>& piece(int i) const {
     return shared.warps[warp].pieces[i % Traits::kStages];
   }
   // Asks for piece i, into stage i % kStages; one lane.
@@ -214,7 +195,7 @@ struct PieceCopies {
     if (key >= own.end) return;
     const int page = shared.list[(key >> page_shift) - own.first_page];
     const int token = key & ((1 << page_shift) - 1);
-    TopkPiece<Traits>& to = piece(i);
+    Piece<Traits>& to = piece(i);
     Mbarrier* there = &shared.pieces[warp][i % Traits::kStages];
     mbarrier_arrive_expect_tx(there, 2 * Traits::kOperandBytes);
     tma_load_cache(to.k, k_map, there, token, 0, kv_head, page, kEvictFirst);
@@ -227,7 +208,7 @@ struct PieceCopies {
 
 // Zeroes the values of tokens from `first` on: their P is 0, but 0 * NaN would be NaN.
 template <typename Traits>
-__device__ __forceinline__ void zero_values(TopkPiece<Traits>& piece, int first, int lane) {
+__device__ __forceinline__ void zero_values(Piece<Traits>& piece, int first, int lane) {
   for (int i = first * 128 + lane * 16; i < Traits::kSlabBytes; i += 32 * 16) {
 #pragma unroll
     for (int slab = 0; slab < Traits::kOperandBytes; slab += Traits::kSlabBytes) {
@@ -248,7 +229,7 @@ __device__ __forceinline__ void add_own_keys(ShortTile<Traits, 1>& state, const 
   for (int i = 0; copies.first_key(i) < copies.own.end; ++i) {
     const int first = copies.first_key(i);
     const bool masked = first + kWarpKeys > copies.own.end;
-    TopkPiece<Traits>& piece = copies.piece(i);
+    Piece<Traits>& piece = copies.piece(i);
     copies.wait(i);
     if (masked) zero_values(piece, copies.own.end - first, lane);
     state.template add_keys<Traits::kSlabBytes>(params, shared_address(piece.k) + lane % 16 * 128,

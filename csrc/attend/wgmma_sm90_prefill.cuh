@@ -266,18 +266,11 @@ cudaError_t launch(const AttendParams& p) {
 
   const Queries queries{p.q,   p.dtype,      p.head_dim,       p.num_kv_heads,
                         group, p.num_tokens, p.q_stride_token, p.q_stride_head};
-  PagedCache cache{p.k,         p.dtype,         p.head_dim,       p.page_size,    p.num_kv_heads,
-                   p.num_pages, p.k_stride_page, p.k_stride_token, p.k_stride_head};
   Maps maps;
   maps.box_keys = box_keys;
   cudaError_t error = make_query_map(&maps.q, queries, Tr::kRows / group);
   if (error == cudaSuccess) error = make_query_map(&maps.q_token, queries, 1);
-  if (error == cudaSuccess) error = make_cache_map(&maps.k, cache, box_keys, 1);
-  cache.base = p.v;
-  cache.stride_page = p.v_stride_page;
-  cache.stride_token = p.v_stride_token;
-  cache.stride_head = p.v_stride_head;
-  if (error == cudaSuccess) error = make_cache_map(&maps.v, cache, box_keys, 1);
+  if (error == cudaSuccess) error = make_cache_maps(&maps.k, &maps.v, p, box_keys, 1);
   if (error != cudaSuccess) return error;
 
   constexpr int kSharedBytes = sizeof(Shared<Tr>);

@@ -63,6 +63,20 @@ inline cudaError_t make_cache_map(CUtensorMap* map, const PagedCache& cache, int
                   {kSlab, static_cast<cuuint32_t>(box_tokens), static_cast<cuuint32_t>(box_slabs), 1, 1});
 }
 
+// Those of K and V.
+inline cudaError_t make_cache_maps(CUtensorMap* k_map, CUtensorMap* v_map, const AttendParams& p, int box_tokens,
+                                   int box_slabs) {
+  PagedCache cache{p.k,         p.dtype,         p.head_dim,       p.page_size,    p.num_kv_heads,
+                   p.num_pages, p.k_stride_page, p.k_stride_token, p.k_stride_head};
+  const cudaError_t error = make_cache_map(k_map, cache, box_tokens, box_slabs);
+  if (error != cudaSuccess) return error;
+  cache.base = p.v;
+  cache.stride_page = p.v_stride_page;
+  cache.stride_token = p.v_stride_token;
+  cache.stride_head = p.v_stride_head;
+  return make_cache_map(v_map, cache, box_tokens, box_slabs);
+}
+
 struct Queries {
   const void* base;
   DType dtype;
