@@ -48,8 +48,7 @@ STABLE_TORCH_LIBRARY(flashcore, m) {
       "attend(Tensor q, Tensor k_cache, Tensor v_cache, Tensor[] plan, Tensor(a!) partial_o, Tensor(b!) partial_lse, "
       "Tensor(c!) out, Tensor(d!)? lse, int rows_per_tile, float sm_scale, bool causal, int window_left, "
       "float logits_soft_cap, bool decode, str variant, Tensor(e!)? workspace=None, int max_qo_len=0, "
-      "int max_kv_len=0, bool fp32_scores=True, int lists_begin=0, "
-      "bool free_cuts=False) -> ()");
+      "int max_kv_len=0, bool fp32_scores=True, bool free_cuts=False) -> ()");
   m.def(
       "summarize(Tensor k_cache, Tensor kv_indptr, Tensor kv_indices, Tensor last_page_len, Tensor? first_page, "
       "int max_columns, int summary_kind, Tensor(a!) summaries) -> ()");

@@ -60,7 +60,6 @@ class Kernel:
         """
         partials = self.partial_o[: plan.max_partials], self.partial_lse[: plan.max_partials]
         if selection is not None:
-            plan.selecting = False  # for the layers behind it
             ops.select_attend(
                 q,
                 k_cache,
@@ -94,7 +93,6 @@ class Kernel:
                 logits_soft_cap=logits_soft_cap,
                 decode=decode,
                 variant=self.choice.variant.name,
-                lists_begin=plan.lists_begin,
                 free_cuts=plan.free_cuts,
                 **more,
             )

@@ -58,17 +58,18 @@ class SparseRows(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """How a layer selects its pages: what `select` and `select_attend` take, in the order of the ops' arguments.
+    """How a layer selects its pages, in the order of the ops' arguments.
 
     Attributes:
-        summaries: ``[num_pages, num_kv_heads, vectors, head_dim]`` of the layer, see `summarize`.
-        scores: fp32, at least ``batch * num_kv_heads * max_columns``: scratch.
-        max_columns: pages of a request at most.
-        summary_kind: ``planner.SummaryKind``.
-        group_reduction: ``planner.GroupReduction``: one score of a KV head's query heads.
-        std_weight: of the deviation, for kind mean_std.
-        mass_share: 65536ths of the softmax mass of a KV head's pages that are enough (top-p); 65536: read the budget.
-        sparse: the plan's.
+        summaries: ``[pages, kv_heads, vectors, head_dim]`` of ``summarize``.
+        scores: scratch, fp32, at least ``batch * kv_heads * max_columns``.
+        max_columns: bound on the pages of a request.
+        summary_kind: what ``summaries`` were made with, a ``SummaryKind``.
+        group_reduction: a ``GroupReduction`` of the scores of a KV head's query heads.
+        std_weight: of kind mean_std: q.mean + std_weight * |q|.std.
+        mass_share: 65536ths of the softmax, as the scores have it, whose pages are enough within the budget (top-p);
+            65536: the whole budget is read.
+        sparse: what the plan was made with.
     """
 
     summaries: torch.Tensor
@@ -204,7 +205,6 @@ def attend(
     max_qo_len: int = 0,
     max_kv_len: int = 0,
     fp32_scores: bool = True,
-    lists_begin: int = 0,
     free_cuts: bool = False,
 ) -> None:
     """Attention over a plan, then the merge of its partial results.
@@ -226,8 +226,6 @@ def attend(
         workspace: variant cublaslt: ``cublaslt.Workspace.tensor``, planned for these lengths.
         max_qo_len, max_kv_len: variant cublaslt: query tokens and keys of the longest requests.
         fp32_scores: variant cublaslt: scores in fp32, as an LSE asks for; else in fp16.
-        lists_begin: where the page lists start in ``kv_indices`` that ``select`` has just been launched to write, with
-            nothing between the two on the stream: attention then begins beside it. 0: nothing is being written.
         free_cuts: a kernel may cut rows otherwise than into the plan's tiles, see ``Plan.free_cuts``.
     """
     library().attend(
@@ -250,7 +248,6 @@ def attend(
         max_qo_len,
         max_kv_len,
         fp32_scores,
-        lists_begin,
         free_cuts,
     )
 
@@ -328,37 +325,24 @@ def select(
     q: torch.Tensor,
     k_cache: torch.Tensor,
     plan: Sequence[torch.Tensor],
-    summaries: torch.Tensor,
-    scores: torch.Tensor,
+    selection: Selection,
     *,
-    max_columns: int,
-    summary_kind: int,
-    group_reduction: int,
-    std_weight: float,
     sm_scale: float,
-    sparse: SparseRows,
-    mass_share: int = 65536,
 ) -> None:
     """Writes the pages that each sparse request and KV head reads into the sparse part of ``kv_indices``.
 
-    The last page of a request is always read, whether it has a summary or not.
+    The last page of a request is always read, whether it has a summary or not. Where less than the whole softmax mass
+    is asked for (``selection.mass_share``), tiles of the plan end where the list of their KV head does, and
+    ``Count.PAGES_DROPPED`` grows by what is left out.
 
     Args:
         q: ``[batch, heads, head_dim]``, one token of each request.
         k_cache: ``[pages, page_size, kv_heads, head_dim]`` with the keys of these tokens.
         plan: ``Plan.tensors()`` of policy topk.
-        summaries: ``[pages, kv_heads, vectors, head_dim]`` of ``summarize``.
-        scores: scratch, fp32, at least ``batch * kv_heads * max_columns``.
-        max_columns: bound on the pages of a request.
-        summary_kind: what ``summaries`` were made with.
-        group_reduction: a ``GroupReduction`` of the scores of a KV head's query heads.
-        std_weight: of kind mean_std: q.mean + std_weight * |q|.std.
+        selection: how; its ``sparse`` is what the plan was made with.
         sm_scale: of the logits, for logsumexp and ``mass_share``.
-        sparse: what the plan was made with.
-        mass_share: 65536ths of the softmax, as the scores have it, whose pages are enough within the budget. Below
-            65536 tiles of the plan end where the list of their KV head does, and ``Count.PAGES_DROPPED`` grows by what
-            is left out.
     """
+    summaries, scores, max_columns, kind, reduction, std_weight, mass_share, sparse = selection
     library().select(
         q,
         k_cache,
@@ -366,8 +350,8 @@ def select(
         summaries,
         scores,
         max_columns,
-        summary_kind,
-        group_reduction,
+        kind,
+        reduction,
         std_weight,
         sm_scale,
         mass_share,

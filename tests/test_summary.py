@@ -196,20 +196,17 @@ def run_select(
     """Page lists [batch, kv_heads, list_pages] and scores [batch, kv_heads, columns] after the select op on a plan."""
     columns = columns or max(map(len, batch.tables))
     scores = torch.full((batch.size * case.num_kv_heads, columns), torch.nan, device=q.device)
-    ops.select(
-        q,
-        k_cache,
-        plan.tensors(),
+    selection = ops.Selection(
         summaries,
         scores,
         max_columns=columns,
         summary_kind=int(case.kind),
         group_reduction=int(case.reduction),
         std_weight=case.std_weight,
-        sm_scale=case.head_dim**-0.5,
-        sparse=batch.sparse_rows(plan.capacity.pages),
         mass_share=mass_share,
+        sparse=batch.sparse_rows(plan.capacity.pages),
     )
+    ops.select(q, k_cache, plan.tensors(), selection, sm_scale=case.head_dim**-0.5)
     lists = plan.kv_indices[plan.capacity.pages :].view(batch.size, case.num_kv_heads, batch.list_pages)
     return lists.cpu(), scores.view(batch.size, case.num_kv_heads, columns).cpu()
 
@@ -470,20 +467,20 @@ def test_planner_selects_behind_its_dense_layers(device: str) -> None:
     assert not torch.equal(lists(), expected)
 
 
-def test_attention_is_told_of_a_selection_that_may_still_run() -> None:
+def test_attention_is_told_of_a_selection() -> None:
     case = CASES["bf16"]
     batch = case.batch()
     options, pool = make_topk(case, batch, "cpu", dense_layers=1, reuse_layers=2)
     planner = make_planner(options, batch.capacity(), "cpu", pool)
     table = batch.plan("cpu")
     dense = sum(map(len, batch.tables))
-    k_cache, q = case.cache(batch.num_pages), case.query(batch.size)
     for num_tokens in (None, batch.size):  # a decode step, then an extend, which reads everything
         qo_indptr = None if num_tokens is None else torch.arange(batch.size + 1)
         planner.begin_csr(
             qo_indptr, table.kv_indptr, table.kv_indices[:dense], table.last_page_len, num_tokens=num_tokens
         )
-        begins = [planner.for_layer(layer, q, k_cache).lists_begin for layer in range(4)]
+        selections = [planner.selection_of(layer) for layer in range(4)]
+        begins = [selection.sparse.begin if selection else 0 for selection in selections]
         assert begins == ([0, dense, 0, dense] if num_tokens is None else [0] * 4)
 
 

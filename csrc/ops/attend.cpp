@@ -46,43 +46,42 @@ AttendWork describe_attend(const char* op, const AttendTensors& tensors, const s
 
   const auto [buffers, batch] =
       describe_plan(op, plan, device, num_tokens, num_kv_heads, rows_per_tile, partials.size(0));
-  AttendWork work{.params =
-                      {
-                          .plan = buffers,
-                          .q = q.data,
-                          .k = k.data,
-                          .v = v.data,
-                          .out = out.data,
-                          .lse = lse_data,
-                          .partial_o = partials.as<float>(),
-                          .partial_lse = partial_lses.as<float>(),
-                          .q_stride_token = q.strides[0],
-                          .q_stride_head = q.strides[1],
-                          .k_stride_page = k.strides[0],
-                          .k_stride_token = k.strides[1],
-                          .k_stride_head = k.strides[2],
-                          .v_stride_page = v.strides[0],
-                          .v_stride_token = v.strides[1],
-                          .v_stride_head = v.strides[2],
-                          .batch = batch,
-                          .num_tokens = static_cast<int32_t>(num_tokens),
-                          .num_qo_heads = static_cast<int32_t>(num_qo_heads),
-                          .num_kv_heads = static_cast<int32_t>(num_kv_heads),
-                          .head_dim = static_cast<int32_t>(head_dim),
-                          .page_size = static_cast<int32_t>(k.size(1)),
-                          .num_pages = static_cast<int32_t>(k.size(0)),
-                          .sm_scale = static_cast<float>(sm_scale),
-                          .logits_soft_cap = static_cast<float>(logits_soft_cap),
-                          .causal = causal,
-                          .window_left = static_cast<int32_t>(window_left),
-                          .dtype = static_cast<DType>(q.scalar),
-                          .decode = decode,
-                          .num_sms = num_sms(device),
-                      },
-                  .kernel = find_variant(variant, device != kCpu, decode),
-                  .variant = variant,
-                  .device = device};
-  return work;
+  return {.params =
+              {
+                  .plan = buffers,
+                  .q = q.data,
+                  .k = k.data,
+                  .v = v.data,
+                  .out = out.data,
+                  .lse = lse_data,
+                  .partial_o = partials.as<float>(),
+                  .partial_lse = partial_lses.as<float>(),
+                  .q_stride_token = q.strides[0],
+                  .q_stride_head = q.strides[1],
+                  .k_stride_page = k.strides[0],
+                  .k_stride_token = k.strides[1],
+                  .k_stride_head = k.strides[2],
+                  .v_stride_page = v.strides[0],
+                  .v_stride_token = v.strides[1],
+                  .v_stride_head = v.strides[2],
+                  .batch = batch,
+                  .num_tokens = static_cast<int32_t>(num_tokens),
+                  .num_qo_heads = static_cast<int32_t>(num_qo_heads),
+                  .num_kv_heads = static_cast<int32_t>(num_kv_heads),
+                  .head_dim = static_cast<int32_t>(head_dim),
+                  .page_size = static_cast<int32_t>(k.size(1)),
+                  .num_pages = static_cast<int32_t>(k.size(0)),
+                  .sm_scale = static_cast<float>(sm_scale),
+                  .logits_soft_cap = static_cast<float>(logits_soft_cap),
+                  .causal = causal,
+                  .window_left = static_cast<int32_t>(window_left),
+                  .dtype = static_cast<DType>(q.scalar),
+                  .decode = decode,
+                  .num_sms = num_sms(device),
+              },
+          .kernel = find_variant(variant, device != kCpu, decode),
+          .variant = variant,
+          .device = device};
 }
 
 void run_attend(const char* op, AttendWork work) {
@@ -98,7 +97,7 @@ void attend(const Tensor& q_tensor, const Tensor& k_cache, const Tensor& v_cache
             const std::optional<Tensor>& lse_tensor, int64_t rows_per_tile, double sm_scale, bool causal,
             int64_t window_left, double logits_soft_cap, bool decode, const std::string& variant,
             const std::optional<Tensor>& workspace, int64_t max_qo_len, int64_t max_kv_len, bool fp32_scores,
-            int64_t lists_begin, bool free_cuts) {
+            bool free_cuts) {
   constexpr const char* kOp = "attend";
   AttendWork work =
       describe_attend(kOp, {q_tensor, k_cache, v_cache, partial_o, partial_lse, out_tensor, lse_tensor}, plan,
@@ -115,7 +114,6 @@ void attend(const Tensor& q_tensor, const Tensor& k_cache, const Tensor& v_cache
   params.max_qo_len = static_cast<int32_t>(max_qo_len);
   params.max_kv_len = static_cast<int32_t>(max_kv_len);
   params.fp32_scores = fp32_scores;
-  params.lists_begin = static_cast<int32_t>(lists_begin);
   params.free_cuts = free_cuts;
   const Launch launch(work.device);
   params.stream = launch.stream();

@@ -26,7 +26,7 @@ void attend(const Tensor& q_tensor, const Tensor& k_cache, const Tensor& v_cache
             const std::optional<Tensor>& lse_tensor, int64_t rows_per_tile, double sm_scale, bool causal,
             int64_t window_left, double logits_soft_cap, bool decode, const std::string& variant,
             const std::optional<Tensor>& workspace, int64_t max_qo_len, int64_t max_kv_len, bool fp32_scores,
-            int64_t lists_begin, bool free_cuts);
+            bool free_cuts);
 
 void summarize(const Tensor& k_cache, const Tensor& kv_indptr, const Tensor& kv_indices, const Tensor& last_page_len,
                const std::optional<Tensor>& first_page, int64_t max_columns, int64_t summary_kind,

@@ -175,7 +175,6 @@ class Plan:
     cut: bool = True  # whether rows of the current plan may be cut: if not, nothing is partial, nothing to be merged
     selections: int = 0  # runs of op select in a step, one for each layer that chooses its pages
     selects_tiles: bool = False  # whether op select shortens tiles (top-p): rows then say more than is to be read
-    selecting: bool = False  # whether op select is the last thing launched, and may still write the page lists
 
     @classmethod
     def allocate(cls, capacity: Capacity, device: torch.device | str) -> Plan:
@@ -202,11 +201,6 @@ class Plan:
             scratch=ints(c.scratch_size),
             batch=c.batch,
         )
-
-    @property
-    def lists_begin(self) -> int:
-        """``ops.attend``'s."""
-        return self.capacity.pages if self.selecting else 0
 
     @property
     def free_cuts(self) -> bool:

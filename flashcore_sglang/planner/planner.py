@@ -240,10 +240,9 @@ class Planner:
             sm_scale: factor of its logits; None: 1 / sqrt(head_dim).
         """
         plan, selection = self.plan_of(layer_id), self.selection_of(layer_id)
-        plan.selecting = selection is not None and not plan.selects_tiles
         if selection is not None:
             scale = q.shape[-1] ** -0.5 if sm_scale is None else sm_scale
-            ops.select(q, k_cache, plan.tensors(), **selection._asdict(), sm_scale=scale)
+            ops.select(q, k_cache, plan.tensors(), selection, sm_scale=scale)
         return plan
 
     def layer_plans(self) -> list[tuple[Plan, int]]:
