@@ -61,11 +61,12 @@ STABLE_TORCH_LIBRARY(flashcore, m) {
       "int summary_kind, int group_reduction, float std_weight, float sm_scale, int mass_share, int sink_pages, "
       "int recent_pages, int budget_pages, int budget_share, int list_pages, int sparse_begin) -> ()");
   m.def(
-      "select_attend(Tensor q, Tensor k_cache, Tensor v_cache, Tensor(a!)[] plan, Tensor(b!) partial_o, "
+      "select_attend(Tensor q, Tensor(g!) k_cache, Tensor(h!) v_cache, Tensor(a!)[] plan, Tensor(b!) partial_o, "
       "Tensor(c!) partial_lse, Tensor(d!) out, Tensor(e!)? lse, int rows_per_tile, float sm_scale, "
-      "float logits_soft_cap, str variant, bool free_cuts, Tensor summaries, Tensor(f!) scores, int max_columns, "
+      "float logits_soft_cap, str variant, bool free_cuts, Tensor(i!) summaries, Tensor(f!) scores, int max_columns, "
       "int summary_kind, int group_reduction, float std_weight, int mass_share, int sink_pages, int recent_pages, "
-      "int budget_pages, int budget_share, int list_pages, int sparse_begin, bool behind_store) -> ()");
+      "int budget_pages, int budget_share, int list_pages, int sparse_begin, Tensor? k, Tensor? v, Tensor? slots, "
+      "bool early) -> ()");
   m.def(
       "cublaslt_workspace(int batch, int max_qo_len, int max_kv_len, int num_kv_heads, int group, int head_dim, "
       "bool fp16, bool causal, bool fp32_scores, int matmul_bytes) -> int");

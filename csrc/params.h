@@ -236,11 +236,12 @@ struct SelectParams {
   int32_t num_sms;
 };
 
-// A decode layer that selects its pages and attends to them.
+// A decode layer that stores the step's tokens, selects its pages and attends to them.
 struct SelectAttendParams {
   SelectParams select;
   AttendParams attend;
-  int32_t behind_store;  // 1: the launch before stores the layer's new keys and values (run_store_cuda)
+  NewTokens tokens;  // one of each request; its caches are those of attend, its summaries those of select
+  int32_t early;     // 1: plan and summaries have been ready before the launch ahead of this one began
 };
 
 // Every run_* returns 0 or a cudaError_t (CPU: 0).

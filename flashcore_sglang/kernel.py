@@ -52,7 +52,8 @@ class Kernel:
         decode: bool,
         parts: Iterable[Part] | None = None,
         selection: ops.Selection | None = None,
-        behind_store: bool = False,
+        new: ops.NewTokens | None = None,
+        early: bool = False,
     ) -> None:
         """``ops.attend`` over ``plan``, or over its ``parts`` one after the other where some are given.
 
@@ -74,7 +75,8 @@ class Kernel:
                 logits_soft_cap=logits_soft_cap,
                 variant=self.choice.variant.name,
                 free_cuts=plan.free_cuts,
-                behind_store=behind_store,
+                new=new,
+                early=early,
             )
             return
         for tensors, more in [(plan.tensors(), {})] if parts is None else parts:

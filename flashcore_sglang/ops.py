@@ -82,6 +82,19 @@ class Selection(NamedTuple):
     sparse: SparseRows
 
 
+class NewTokens(NamedTuple):
+    """One new token of each request of a decode step, in the order of the op's arguments.
+
+    Attributes:
+        k, v: ``[batch, kv_heads, head_dim]``.
+        slots: int64 ``[batch]`` page * page_size + offset of each: the last one of its request.
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+    slots: torch.Tensor
+
+
 class CublasLtShape(NamedTuple):
     """Requests as variant cublaslt plans them, in the order of the ops' arguments.
 
@@ -375,16 +388,18 @@ def select_attend(
     logits_soft_cap: float,
     variant: str,
     free_cuts: bool,
-    behind_store: bool = False,
+    new: NewTokens | None = None,
+    early: bool = False,
 ) -> None:
-    """``select`` and causal ``attend`` of a decode batch: of one launch where the variant has a kernel for both.
+    """``store``, ``select`` and causal ``attend`` of a decode batch: of one launch where the variant has such a kernel.
 
     Args:
         q, k_cache, v_cache, plan, partial_o, partial_lse, out, lse, rows_per_tile, sm_scale, logits_soft_cap, variant,
             free_cuts: as in ``attend``.
         selection: as in ``select``.
-        behind_store: whether a ``store`` of this layer, of one token each, was the last op of these caches, and
-            whatever it and this one read has been ready before it. The launch may then begin beside it.
+        new: the step's tokens, which are stored first, as by ``store``; None: they are in the caches.
+        early: whether all that this op reads but ``q`` and ``new`` was ready before the launch ahead of it in the
+            stream began. It may then begin beside that.
     """
     library().select_attend(
         q,
@@ -402,7 +417,8 @@ def select_attend(
         free_cuts,
         *selection[:-1],
         *selection.sparse,
-        behind_store,
+        *(new or (None, None, None)),
+        early,
     )
 
 

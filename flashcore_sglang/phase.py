@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from flashcore_sglang import ops
 from flashcore_sglang.cublaslt import Matmuls
 from flashcore_sglang.kernel import Kernel
 from flashcore_sglang.planner import Capacity, Planner, PlannerOptions, Policy, Summaries, make_planner
@@ -88,7 +89,7 @@ class Phase:
         self._summaries = summaries
         self._matmuls = matmuls
         self._batch: Batch | None = None
-        self._behind_store: int | None = None  # the layer whose K and V were stored just before, in a decode step
+        self._new: ops.NewTokens | None = None  # of the layer that attends next: it stores them
         self._allocate(replace(capacity, share=self._options.share))
 
     @property
@@ -150,17 +151,20 @@ class Phase:
     ) -> bool:
         """Stores the new K and V of a layer that has summaries and brings these up to date; False: it has none.
 
+        In a decode step ``attend`` does, for which they must stay as they are.
+
         Args:
             k, v: ``[tokens, kv_heads, head_dim]``, at least the batch's tokens.
             slots: int64, where each of them belongs in ``k_cache`` and ``v_cache`` ``[pages, page_size, ...]``.
         """
         if self._summaries is None or window >= 0:
             return False
-        plan, used = self.planner(window).plan, self.num_tokens
-        new = k[:used], v[:used], slots[:used]
-        stored = self._summaries.store(plan, layer_id, *new, k_cache, v_cache, self._changed_from())
-        self._behind_store = layer_id if stored and self.decode else None
-        return stored
+        planner, used = self.planner(window), self.num_tokens
+        new = ops.NewTokens(k[:used], v[:used], slots[:used])
+        if planner.selection_of(layer_id) is not None:
+            self._new = new
+            return True
+        return self._summaries.store(planner.plan, layer_id, *new, k_cache, v_cache, self._changed_from())
 
     def after_store(self, window: int, layer_id: int, k_cache: torch.Tensor) -> None:
         """Brings the summaries of a layer up to date whose new K is in ``k_cache`` already."""
@@ -190,7 +194,7 @@ class Phase:
         """Causal attention of a layer, as planned. q and out ``[num_tokens, heads, head_dim]``, out is contiguous."""
         planner = self.planner(window)
         plan = planner.plan_of(layer_id)
-        behind_store, self._behind_store = self._behind_store == layer_id, None
+        new, self._new = self._new, None
         self.kernel.attend(
             plan,
             q,
@@ -204,7 +208,8 @@ class Phase:
             decode=self.decode,
             parts=None if self._matmuls is None else self._matmuls.calls(plan.tensors()),
             selection=planner.selection_of(layer_id),
-            behind_store=behind_store,
+            new=new,
+            early=new is not None,  # a step is planned, and the layers before are over, ahead of what makes K and V
         )
 
     def _plan(self, batch: Batch, window: int) -> None:

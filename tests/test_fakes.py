@@ -75,8 +75,10 @@ def test_select_attend() -> None:
     inputs = (problem.q, problem.k_cache.nan_to_num(), problem.v_cache.nan_to_num(), plan.tensors())
     outputs = (partials, torch.empty(len(partials)), torch.empty_like(problem.q), torch.empty(problem.q.shape[:2]))
     settings = (32, 0.125, 0.0, "cpu", True, summaries, torch.zeros(2 * 2 * 8), 8, 0, 0, 1.0, 65536)
-    args = (*inputs, *outputs, *settings, 1, 1, 4, 0, 4, plan.capacity.pages, False)
-    torch.library.opcheck(ops.library().select_attend.default, args, test_utils=CHECKS)
+    args = (*inputs, *outputs, *settings, 1, 1, 4, 0, 4, plan.capacity.pages)
+    k, v = torch.randn(2, 2, 2, 64).to(torch.bfloat16)
+    for new in ((None, None, None), (k, v, torch.tensor([3, 5]))):
+        torch.library.opcheck(ops.library().select_attend.default, (*args, *new, False), test_utils=CHECKS)
 
 
 def test_fake_tensors_never_reach_a_kernel() -> None:

@@ -39,7 +39,8 @@ class Case:
     cap: float = 0.0
     top_p: float = 1.0
     split_keys: int = 0
-    same: bool = False  # all pages score alike
+    alike: int = 1  # pages in a row that score alike
+    budget: int = BUDGET
 
     @property
     def pages(self) -> list[int]:
@@ -72,7 +73,9 @@ CASES = {
     "a soft cap": Case((5000,), cap=20.0),
     "top-p": Case((5000,), top_p=0.4),
     "deterministic": Case((5000,), split_keys=256),
-    "ties": Case((9000,), same=True),
+    "all pages alike": Case((9000,), alike=1000),
+    "pairs of pages alike": Case((9000,), alike=2),
+    "a large budget": Case((16000,), budget=120),
     "two requests": Case((9000, 100)),
     "nine requests": Case((9000, 100, 3000, 64, 1, 800, 769, 6400, 5)),
 }
@@ -92,7 +95,7 @@ class Layer:
             page_size=case.page_size,
             sink_pages=SINKS,
             recent_pages=RECENT,
-            budget_pages=BUDGET,
+            budget_pages=case.budget,
             group_reduction=case.reduction,
             top_p=case.top_p,
             split_keys=case.split_keys,
@@ -112,8 +115,8 @@ class Layer:
             **choice.plan_sizes,
         )
         torch.manual_seed(len(case.kv_lens) + case.kv_lens[0])
-        cache = (2, total + 1, case.page_size, case.num_kv_heads, case.head_dim)
-        pages = torch.randn(cache) if not case.same else torch.randn(cache[2:]).expand(cache).clone()
+        cache = (2, total // case.alike + 1, case.page_size, case.num_kv_heads, case.head_dim)
+        pages = torch.randn(cache).repeat_interleave(case.alike, dim=1)[:, : total + 1]
         self.k, self.v = pages.to(case.dtype).to(device)
         self.q = torch.randn(batch, heads, case.head_dim).to(case.dtype).to(device)
         spec = SummarySpec([0], case.head_dim, case.dtype, columns, kind=case.kind, fp8=case.fp8)
@@ -138,7 +141,9 @@ class Layer:
             "decode": True,
         }
 
-    def attend(self, together: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def attend(
+        self, together: bool, new: ops.NewTokens | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Output, LSE and page lists."""
         out = torch.full_like(self.q, torch.nan)
         lse = torch.full(self.q.shape[:2], torch.nan, device=self.q.device)
@@ -147,7 +152,7 @@ class Layer:
         inputs = self.q, self.k, self.v, out, lse
         if together:
             plan, selection = self.planner.plan_of(0), self.planner.selection_of(0)
-            self.kernel.attend(plan, *inputs, selection=selection, **self.settings)
+            self.kernel.attend(plan, *inputs, selection=selection, new=new, **self.settings)
         else:
             self.kernel.attend(self.planner.for_layer(0, self.q, self.k), *inputs, **self.settings)
         return out, lse, lists.clone()
@@ -221,25 +226,58 @@ def test_a_captured_step_follows_its_plan() -> None:
         assert torch.equal(captured, expected), keys
 
 
+def new_tokens(layer: Layer, case: Case) -> ops.NewTokens:
+    """Keys and values as a projection leaves them, and where the last ones of the requests belong."""
+    plan = layer.planner.plan
+    tokens = torch.randn(len(case.kv_lens), 2 * case.num_kv_heads, case.head_dim).to(layer.k)
+    pages = plan.kv_indices[plan.kv_indptr[1 : plan.batch + 1].long() - 1].long()
+    slots = pages * case.page_size + plan.last_page_len[: plan.batch] - 1
+    return ops.NewTokens(tokens[:, : case.num_kv_heads], tokens[:, case.num_kv_heads :], slots)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if min(case.kv_lens) > 0])
+def test_it_stores_new_tokens_as_store_does(name: str, device: str) -> None:
+    case = CASES[name]
+    if device == "cpu":
+        case = replace(case, kv_lens=tuple(min(keys, 9000) for keys in case.kv_lens))
+    layers = Layer(case, device), Layer(case, device)
+    new = new_tokens(layers[0], case)
+    layers[0].summaries.store(layers[0].planner.plan, 0, *new, layers[0].k, layers[0].v, None)
+    results = layers[0].attend(together=True), layers[1].attend(together=True, new=new)
+    for what, expected, ours in zip(("out", "lse", "lists"), *results, strict=True):
+        assert torch.equal(ours, expected), f"{name}: {what} differs"
+    for what, expected, ours in (
+        ("k", layers[0].k, layers[1].k),
+        ("v", layers[0].v, layers[1].v),
+        ("summaries", layers[0].summaries.of_layer[0], layers[1].summaries.of_layer[0]),
+    ):
+        assert torch.equal(ours.view(torch.uint8), expected.view(torch.uint8)), f"{name}: {what} differ"
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("keys", [700, 768, 8961, 8960])
-def test_it_may_begin_beside_the_store_of_its_own_key(keys: int) -> None:
+def test_it_may_begin_beside_what_makes_the_queries_and_the_new_token(keys: int) -> None:
     case = replace(CASES["one request"], kv_lens=(keys,))
     layer = Layer(case, "cuda")
-    plan = layer.planner.plan
-    page = int(plan.kv_indices[case.pages[0] - 1])
-    slots = torch.tensor([page * case.page_size + (keys - 1) % case.page_size], device="cuda")
-    selection = layer.planner.selection_of(0)
+    plan, selection = layer.planner.plan, layer.planner.selection_of(0)
+    new = new_tokens(layer, case)
+    torch.cuda.synchronize()  # the plan and the summaries are ready
     for _ in range(50):
-        k, v = torch.randn(2, 1, case.num_kv_heads, case.head_dim, dtype=case.dtype, device="cuda")
+        # Both are made just before, by a launch that takes longer than one begins to run.
+        made = torch.randn(1, (case.num_kv_heads * (case.group + 2)) * case.head_dim, device="cuda").to(case.dtype)
+        q, k, v = made.view(1, -1, case.head_dim).split(
+            [case.num_kv_heads * case.group, case.num_kv_heads, case.num_kv_heads], 1
+        )
         outs = [torch.empty_like(layer.q) for _ in range(2)]
-        for out, beside in zip(outs, (True, False), strict=True):
-            assert layer.summaries.store(plan, 0, k, v, slots, layer.k, layer.v, None)
-            if not beside:
+        for out, early in zip(outs, (True, False), strict=True):
+            # So that neither finds what the other one has left.
+            layer.k.view(-1, case.num_kv_heads, case.head_dim)[new.slots] = torch.nan
+            layer.v.view(-1, case.num_kv_heads, case.head_dim)[new.slots] = torch.nan
+            tokens = ops.NewTokens(torch.empty_like(k).copy_(k), torch.empty_like(v).copy_(v), new.slots)
+            queries = torch.empty_like(q).copy_(q)
+            if not early:
                 torch.cuda.synchronize()
-            layer.kernel.attend(
-                plan, layer.q, layer.k, layer.v, out, selection=selection, behind_store=beside, **layer.settings
-            )
-            layer.k.view(-1, case.num_kv_heads, case.head_dim)[slots] = torch.nan
-            layer.v.view(-1, case.num_kv_heads, case.head_dim)[slots] = torch.nan
+            inputs = queries, layer.k, layer.v, out
+            layer.kernel.attend(plan, *inputs, selection=selection, new=tokens, early=early, **layer.settings)
         assert torch.equal(*outs)

@@ -112,13 +112,21 @@ class Server:
                 cache.view(-1, KV_HEADS, HEAD_DIM)[slots] = new_rows[: sum(new)]
             caches = self.k[layer], self.v[layer]
             padded_slots = torch.nn.functional.pad(slots, (0, 3))
-            if self.random.random() < 0.5 or not phase.store(-1, layer, k, v, padded_slots, *caches):
+            if self.random.random() < 0.5 and phase.store(-1, layer, k, v, padded_slots, *caches):
+                self.attend(phase, layer, sum(new))
+            else:
                 self.k[layer].copy_(expected_k)  # by somebody else
                 self.v[layer].copy_(expected_v)
                 phase.after_store(-1, layer, self.k[layer])
             assert torch.equal(self.k[layer], expected_k)
             assert torch.equal(self.v[layer], expected_v)
         self.check(requests, phase)
+
+    def attend(self, phase: Phase, layer: int, tokens: int) -> None:
+        """For its side effect: a decode step stores its keys and values where it attends."""
+        q = torch.randn(tokens, KV_HEADS * GROUP, HEAD_DIM).bfloat16().to(self.device)
+        settings = {"window": -1, "sm_scale": 0.125, "logits_soft_cap": 0.0}
+        phase.attend(q, self.k[layer], self.v[layer], torch.empty_like(q), layer_id=layer, **settings)
 
     def check(self, requests: list[Request], phase: Phase) -> None:
         plan = phase.planner(-1).plan

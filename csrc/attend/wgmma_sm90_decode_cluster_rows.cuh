@@ -10,21 +10,24 @@ constexpr int kClusterCtas = 8;    // of a KV head
 constexpr int kClusterWarps = 8;   // of a CTA
 constexpr int kClusterBatch = 16;  // requests at most: fewer than 32 rows, one a lane
 constexpr int kKept = 1 << 30;     // partial results from here on are kept: query i of the line at kKept + i
-constexpr int kStartPieces = 8;    // what the start and end of a tile cost, in pieces of 16 keys
+constexpr int kStartPieces = 8;    // what going on to another row costs, in pieces of 16 keys
 
 // Pieces that a CTA of the cluster takes of a line of `length`. What is cut alike gives the same bits.
 __device__ __forceinline__ int share_of_cta(int length) { return max(ceil_div(length, kClusterCtas), kClusterWarps); }
 
 // The rows of a plan for one KV head, one a lane, on a line in pieces of 16 keys that is cut evenly over the cluster's
-// CTAs. A warp makes it for itself, of one load; PieceLoader reads it as it reads TileWindow.
+// CTAs: the rows one behind the other where every CTA has parts of one row only, as with one request or 2, 4 and 8 of
+// one length, else with what going on to another row costs between them. A warp makes it for itself, of one load;
+// PieceLoader reads it as it reads TileWindow.
 class HeadRows {
  public:
   __device__ __forceinline__ HeadRows(const FewParams& params, int head, int rank, int lane)
       : plan_(params.attend.plan), head_(head), row_(lane < plan_.max_rows ? plan_.rows[lane] : Row{}) {
-    const bool exists = lane < plan_.counts[kNumRows];
+    const int num_rows = plan_.counts[kNumRows];
+    const bool exists = lane < num_rows;
     pieces_ = exists ? max(1, ceil_div(row_.kv_len, kWarpKeys)) : 0;
-    const int length = exists ? pieces_ + kStartPieces : 0, queries = exists ? row_.q_count * params.group : 0;
-    int end = length, last_query = queries;
+    const int queries = exists ? row_.q_count * params.group : 0;
+    int end = pieces_, last_query = queries;
     const int most_rows = 2 * params.attend.batch - 1;  // one of each request, and fewer packed ones
 #pragma unroll 1
     for (int step = 1; step < most_rows; step *= 2) {
@@ -34,10 +37,16 @@ class HeadRows {
         last_query += queries_before;
       }
     }
-    first_piece_ = end - length;
+    const int length = __shfl_sync(~0u, end, most_rows - 1);
+    share_ = share_of_cta(length);
+    const int ctas = __float2int_rn(__fdividef(static_cast<float>(end), static_cast<float>(share_)));
+    if (!__all_sync(~0u, ctas * share_ == end || end == length)) {
+      share_ = share_of_cta(length + (num_rows - 1) * kStartPieces);
+      end += min(lane, num_rows - 1) * kStartPieces;
+    }
+    first_piece_ = end - pieces_;
     first_query_ = last_query - queries;
     num_queries_ = __shfl_sync(~0u, last_query, most_rows - 1);
-    share_ = share_of_cta(__shfl_sync(~0u, end, most_rows - 1));
     piece_begin_ = min(max(rank * share_ - first_piece_, 0), pieces_);
     piece_end_ = min(max((rank + 1) * share_ - first_piece_, 0), pieces_);
   }

@@ -58,13 +58,14 @@ bool wgmma_sm90_decode_selects(const SelectAttendParams& params) {
   const SelectParams& select = params.select;
   return p.free_cuts && p.batch == 1 && p.num_tokens == 1 && p.num_kv_heads == kClusterHeads &&
          p.num_qo_heads <= kClusterHeads * score::kSlots && !has_top_p(select) &&
+         reinterpret_cast<uintptr_t>(select.plan.kv_indices) % 16 == 0 &&
          select.pages.max_columns - select.sparse.sink_pages - select.sparse.recent_pages <= kMostScored &&
          select.sparse.list_pages <= kMostScored && dispatch(select, [](auto launcher) { return launcher.fits(); });
 }
 
 int run_select_attend_wgmma_sm90_decode(const SelectAttendParams& params) {
   using namespace decode90;
-  const TopkParams topk{make_params(params.attend), params.select, params.behind_store};
+  const TopkParams topk{make_params(params.attend), params.select, params.tokens, params.early};
   return dispatch(params.select, [&](auto launcher) { return launcher.run(topk); });
 }
 

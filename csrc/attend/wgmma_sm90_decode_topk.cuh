@@ -23,44 +23,37 @@
 #include "device/cluster.cuh"
 #include "device/dependent_launch.cuh"
 #include "device/tma.cuh"
+#include "summary/best_few.cuh"
 #include "summary/score_product.cuh"
+#include "summary/summarize.cuh"
 #include "summary/threshold.cuh"
 
 namespace flashcore::decode90 {
 
 constexpr int kTopkThreads = kClusterWarps * 32;
-constexpr int kMostSummary = 512;                                          // bytes of a page and KV head
 constexpr int kTopkRounds = 2;                                             // units of pages that a warp scores at most
 constexpr int kUnitsPerRound = kClusterCtas * kClusterWarps;               // of a cluster
 constexpr int kMostScored = kTopkRounds * kUnitsPerRound * score::kPages;  // page columns to choose from
 constexpr int kMostListed = kMostScored / kClusterCtas + 4;                // pages that a CTA attends to
 static_assert(kTopkRounds * score::kPages == 32, "a lane has one page id");
+static_assert(score::kPages / 4 * kClusterCtas == 32, "a lane tells a CTA of four pages");
 
 struct TopkParams : Params {
   SelectParams select;
-  int32_t behind_store;  // the launch before stores the step's keys and values, and all that is older is over
-};
-
-// A warp's memory: summaries of the pages of each round, then pieces.
-template <typename Traits>
-union WarpMemory {
-  unsigned char summaries[kTopkRounds][score::kPages * kMostSummary];
-  Piece<Traits> pieces[Traits::kStages];
-};
-
-struct Scored {
-  uint32_t key;
-  int32_t page;
+  NewTokens tokens;
+  int32_t early;  // all but the queries and the new tokens has been ready before the launch before began
 };
 
 template <typename Traits>
 struct TopkStorage {
-  WarpMemory<Traits> warps[kClusterWarps];
-  Scored scored[kMostScored];
+  PieceRings<Traits> rings;
+  alignas(16) uint32_t keys[kMostScored];      // of the columns to choose from, in the order of scores
+  alignas(16) int32_t table[kMostScored + 4];  // page ids, from the column on that table_begin() says
   Pushed<Traits, 1> pushed;
   int32_t list[kMostListed];
   Counts<kTopkThreads, 10> counts;
-  Mbarrier all_scored;
+  BestFew<kTopkThreads, kMostScored> few;
+  Mbarrier all_scored;  // and the table is there
   Mbarrier summaries[kClusterWarps][kTopkRounds];
   Mbarrier pieces[kClusterWarps][Traits::kStages];
 
@@ -83,52 +76,85 @@ __device__ __forceinline__ int32_t first_column(int rank, int warp, int round) {
   return (round * kUnitsPerRound + rank * kClusterWarps + warp) * score::kPages;
 }
 
-// Asks for the summaries that this warp scores. ids: lane l has page l % 16 of the unit of round l / 16.
+// A warp's memory: summaries of the pages of its units, then pieces of the pages that are chosen.
+template <typename Traits, typename Score>
+struct UnitSummaries {
+  static constexpr uint32_t kBytes = Score::kVectors * Traits::kHeadDim * sizeof(typename Score::S);  // of a page
+  // What lanes read at a time, of two rows or four, is in different banks.
+  static constexpr uint32_t kRowBytes = (kBytes + 127) / 128 * 128 + score::kLanes * kBlock * sizeof(typename Score::S);
+  unsigned char rows[kTopkRounds][score::kPages][kRowBytes];
+
+  static __device__ __forceinline__ UnitSummaries& of(TopkStorage<Traits>& shared, int warp) {
+    static_assert(sizeof(UnitSummaries) <= sizeof(shared.rings[0]));
+    return *reinterpret_cast<UnitSummaries*>(shared.rings[warp]);
+  }
+};
+
+// Asks for the summaries that this warp scores. ids: lane l has page l % 16 of the unit of round l / 16. Where a unit
+// has fewer pages, its first one stands for them.
 template <typename Traits, typename Score>
 __device__ __forceinline__ void copy_summaries(TopkStorage<Traits>& shared, const score::Scorer<Score>& scorer,
                                                int32_t ids, int32_t columns, int kv_head, int rank, int warp,
                                                int lane) {
-  static_assert(Score::kVectors * Traits::kHeadDim * sizeof(typename Score::S) <= kMostSummary);
-  const auto* summaries = static_cast<const unsigned char*>(scorer.p.pages.summaries.data);
+  auto& to = UnitSummaries<Traits, Score>::of(shared, warp);
+  constexpr uint32_t kBytes = to.kBytes;
+  const auto* summaries = static_cast<const unsigned char*>(scorer.p.pages.summaries.data) + kv_head * kBytes;
+#pragma unroll 1
   for (int round = 0; round < kTopkRounds; ++round) {
-    const int32_t count = min(columns - first_column(rank, warp, round), score::kPages);
+    const int32_t count = columns - first_column(rank, warp, round), in_unit = lane % score::kPages;
     if (count <= 0) break;
-    const int32_t page = __shfl_sync(~0u, ids, round * score::kPages + lane % score::kPages);
+    const int32_t own = __shfl_sync(~0u, ids, round * score::kPages + (in_unit < count ? in_unit : 0));
+    int32_t pages[score::kPages];
+#pragma unroll
+    for (int i = 0; i < score::kPages; ++i) pages[i] = __shfl_sync(~0u, own, i);
+    if (!elected()) continue;
     Mbarrier* there = &shared.summaries[warp][round];
-    if (lane == 0) mbarrier_arrive_expect_tx(there, count * scorer.head_bytes);
-    if (lane < count) {
-      bulk_load(shared.warps[warp].summaries[round] + lane * scorer.head_bytes,
-                summaries + uint64_t{static_cast<uint32_t>(page)} * scorer.page_bytes + kv_head * scorer.head_bytes,
-                scorer.head_bytes, there);
+    mbarrier_arrive_expect_tx(there, score::kPages * kBytes);
+#pragma unroll
+    for (int i = 0; i < score::kPages; ++i) {
+      bulk_load(to.rows[round][i], summaries + uint64_t{static_cast<uint32_t>(pages[i])} * scorer.page_bytes, kBytes,
+                there);
     }
   }
+}
+
+// The column with which shared.table begins: that of a multiple of 16 bytes ahead of the first one to choose from.
+__device__ __forceinline__ int32_t table_begin(const SelectParams& p) { return p.sparse.sink_pages & ~3; }
+
+// Asks for the page ids to choose from, and says what is to arrive until the choice can be made; one lane.
+template <typename Traits>
+__device__ __forceinline__ void copy_table(TopkStorage<Traits>& shared, const SelectParams& p, int32_t columns) {
+  const int32_t begin = table_begin(p), ids = p.sparse.sink_pages + columns - begin;
+  const uint32_t table_bytes = ceil_div(ids, 4) * 16, key_bytes = ceil_div(columns, 4) * 16;
+  mbarrier_arrive_expect_tx(&shared.all_scored, table_bytes + key_bytes);
+  bulk_load(shared.table, p.plan.kv_indices + begin, table_bytes, &shared.all_scored);
 }
 
 // Scores this warp's part of the columns and tells all CTAs of the cluster.
 template <typename Traits, typename Score>
 __device__ __forceinline__ void score_columns(TopkStorage<Traits>& shared, const score::Scorer<Score>& scorer,
-                                              const score::Queries<Score>& queries, int32_t ids, int32_t columns,
-                                              int rank, int warp, int lane) {
-  const int to = lane % score::kLanes;  // and to + 4
-  const uint32_t scored[2] = {shared_address_in_cta(shared.scored, to), shared_address_in_cta(shared.scored, to + 4)};
-  const uint32_t told[2] = {shared_address_in_cta(&shared.all_scored, to),
-                            shared_address_in_cta(&shared.all_scored, to + 4)};
-#pragma unroll 1
+                                              const score::Queries<Score>& queries, int32_t columns, int rank, int warp,
+                                              int lane) {
+  if (first_column(rank, warp, 0) >= columns) return;
+  const int to = lane / 4, four = lane % 4;  // which CTA this lane tells of which pages of a unit
+  const uint32_t keys = shared_address_in_cta(shared.keys, to), told = shared_address_in_cta(&shared.all_scored, to);
+  const auto& summaries = UnitSummaries<Traits, Score>::of(shared, warp);
+  typename score::Scorer<Score>::Part parts[kTopkRounds] = {};
+#pragma unroll
   for (int round = 0; round < kTopkRounds; ++round) {
-    const int32_t first = first_column(rank, warp, round);
-    if (first >= columns) break;
+    if (first_column(rank, warp, round) >= columns) break;
     mbarrier_wait(&shared.summaries[warp][round], 0);
-    const float2 scores = scorer.score_rows(shared.warps[warp].summaries[round], queries);
+    scorer.load_part(summaries.rows[round][0], summaries.kRowBytes, parts[round]);
+  }
+  float2 scores[kTopkRounds];
+  scorer.score_parts(parts, queries, scores);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int in_unit = half * (score::kPages / 2) + lane / score::kLanes;
-      const int32_t page = __shfl_sync(~0u, ids, round * score::kPages + in_unit);
-      const int32_t column = first + in_unit;
-      const uint2 message = make_uint2(sort_key(half == 0 ? scores.x : scores.y), page);
-      if (column >= columns) continue;
-#pragma unroll
-      for (int i = 0; i < 2; ++i) push(scored[i] + column * sizeof(Scored), message, told[i]);
-    }
+  for (int round = 0; round < kTopkRounds; ++round) {
+    const uint32_t own = sort_key(lane % 2 == 0 ? scores[round].x : scores[round].y);  // page lane / 4 + lane % 2 * 8
+    const auto key = [&](int i) { return __shfl_sync(~0u, own, (4 * four + i) % 8 * score::kLanes + four / 2); };
+    const uint4 message = make_uint4(key(0), key(1), key(2), key(3));
+    const int32_t column = first_column(rank, warp, round) + 4 * four;
+    if (column < columns) push(keys + column * sizeof(uint32_t), message, told);
   }
 }
 
@@ -141,12 +167,12 @@ struct ScoredColumns {
   int32_t begin, end;
   uint32_t keys[kHeld];
 
-  __device__ __forceinline__ ScoredColumns(const Scored* scored, int32_t all) {
+  __device__ __forceinline__ ScoredColumns(const uint32_t* all_keys, int32_t all) {
     const int32_t each = ceil_div(all, kTopkThreads);
     begin = min(static_cast<int32_t>(threadIdx.x) * each, all);
     end = min(begin + each, all);
 #pragma unroll
-    for (int i = 0; i < kHeld; ++i) keys[i] = begin + i < end ? scored[begin + i].key : 0;
+    for (int i = 0; i < kHeld; ++i) keys[i] = begin + i < end ? all_keys[begin + i] : 0;
   }
   template <class F>
   __device__ __forceinline__ void for_each(F f) const {
@@ -157,6 +183,18 @@ struct ScoredColumns {
   }
 };
 
+// f(position, column) for each of the `wanted` best columns.
+template <typename Traits, class F>
+__device__ __forceinline__ void for_each_best(TopkStorage<Traits>& shared, int32_t columns, int32_t wanted,
+                                              const F& f) {
+  const auto key = [&](int32_t column) { return shared.keys[column]; };
+  if (wanted <= shared.few.kMostWanted && for_each_of_few(shared.few, columns, wanted, key, f)) return;
+  const ScoredColumns scored(shared.keys, columns);
+  const Threshold threshold =
+      find_threshold(scored, key_range(scored, shared.counts), wanted, shared.counts, [](uint32_t) { return 1; });
+  for_each_chosen(scored, threshold, shared.counts, f);
+}
+
 // --- Attention -------------------------------------------------------------------------------------------------------
 
 // A CTA's part of the keys that a KV head reads: cut as HeadRows cuts a row.
@@ -166,7 +204,7 @@ struct OwnKeys {
   int first_page, end_page;
 
   __device__ __forceinline__ OwnKeys(int keys, int page_shift, int rank) : pieces(max(1, ceil_div(keys, kWarpKeys))) {
-    share = share_of_cta(pieces + kStartPieces);
+    share = share_of_cta(pieces);
     begin = min(rank * share, pieces) * kWarpKeys;
     end = min(min((rank + 1) * share, pieces) * kWarpKeys, keys);
     first_page = begin >> page_shift;
@@ -175,6 +213,7 @@ struct OwnKeys {
   __device__ __forceinline__ bool has(int page) const { return page >= first_page && page < end_page; }
   // The CTAs that have keys; the first one has the output of a request without any.
   __device__ __forceinline__ unsigned ctas() const { return (1u << ceil_div(pieces, share)) - 1; }
+  __device__ __forceinline__ int last_cta() const { return ceil_div(pieces, share) - 1; }
 };
 
 // Copies a warp's pieces: every eighth one of the CTA's.
@@ -186,10 +225,8 @@ struct PieceCopies {
   int page_shift, kv_head, warp;
 
   __device__ __forceinline__ int first_key(int i) const { return own.begin + (i * kClusterWarps + warp) * kWarpKeys; }
-  __device__ __forceinline__ Piece<Traits>& piece(int i) const {
-    return shared.warps[warp].pieces[i % Traits::kStages];
-  }
-  // Asks for piece i, into stage i % kStages; one lane.
+  __device__ __forceinline__ Piece<Traits>& piece(int i) const { return shared.rings[warp][i % Traits::kStages]; }
+  // Asks for piece i, into stage i % kStages; the elected lane.
   __device__ __forceinline__ void ask(int i) const {
     const int key = first_key(i);
     if (key >= own.end) return;
@@ -236,7 +273,7 @@ __device__ __forceinline__ void add_own_keys(ShortTile<Traits, 1>& state, const 
                                                 shared_address(piece.v) + (lane % 8 + lane / 16 * 8) * 128, first,
                                                 masked, lane);
     __syncwarp();
-    if (lane == 0) copies.ask(i + Traits::kStages);
+    if (elected()) copies.ask(i + Traits::kStages);
   }
 }
 
@@ -263,6 +300,36 @@ struct PushSink {
   }
 };
 
+// --- The step's own key and value ------------------------------------------------------------------------------------
+
+// Those of one KV head, by one warp; a lane has a block of 8 channels of one of them.
+template <typename T>
+struct NewToken {
+  Block<T> block;
+  T* to = nullptr;
+
+  __device__ __forceinline__ void load(const AttendParams& p, const NewTokens& tokens, int kv_head, int lane) {
+    const int blocks = p.head_dim / kBlock, channel = lane % blocks * kBlock;
+    if (lane >= 2 * blocks) return;
+    const int64_t slot = tokens.slots[0], page = slot / p.page_size, offset = slot % p.page_size;
+    if (lane < blocks) {
+      block = load_block(static_cast<const T*>(tokens.k) + kv_head * tokens.k_stride_head + channel);
+      to = static_cast<T*>(const_cast<void*>(p.k)) + page * p.k_stride_page + offset * p.k_stride_token +
+           kv_head * p.k_stride_head + channel;
+    } else {
+      block = load_block(static_cast<const T*>(tokens.v) + kv_head * tokens.v_stride_head + channel);
+      to = static_cast<T*>(const_cast<void*>(p.v)) + page * p.v_stride_page + offset * p.v_stride_token +
+           kv_head * p.v_stride_head + channel;
+    }
+  }
+  // To the cache, where the copy engine will find it.
+  __device__ __forceinline__ void store() const {
+    if (to == nullptr) return;
+    *reinterpret_cast<Block<T>*>(to) = block;
+    fence_proxy_async_global();
+  }
+};
+
 // --- The kernel ------------------------------------------------------------------------------------------------------
 
 template <typename Traits, typename Score>
@@ -276,15 +343,12 @@ __global__ void __cluster_dims__(kClusterCtas, 1, 1) __launch_bounds__(kTopkThre
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int kv_head = blockIdx.x / kClusterCtas, rank = blockIdx.x % kClusterCtas;
 
-  if (!params.behind_store) wait_for_primary();
+  if (!params.early) wait_for_primary();
   const int column = select.sparse.sink_pages + first_column(rank, warp, lane / score::kPages) + lane % score::kPages;
   const int32_t ids = column < p.plan.max_pages ? p.plan.kv_indices[column] : 0;  // may be behind the last page
-  const Choice choice(select, 0);
+  const int32_t first_page = select.plan.kv_indptr[0], end_page = select.plan.kv_indptr[1];
   const int last_page_len = p.plan.last_page_len[0];
-  const score::Scorer<Score> scorer(select, score::Slots(select));
-  const auto* queries = static_cast<const typename Traits::Element*>(p.q) + kv_head * params.group * p.q_stride_head;
-  if (lane < params.group) prefetch_l2(queries + lane * p.q_stride_head + warp % 2 * (Traits::kHeadDim / 2));
-  if (lane == 0) {
+  if (elected()) {
     shared.init(warp);
     if (warp == 0) {
       prefetch_tensor_map(&k_map);
@@ -295,18 +359,14 @@ __global__ void __cluster_dims__(kClusterCtas, 1, 1) __launch_bounds__(kTopkThre
   __syncwarp();
   cluster_arrive_relaxed();
 
+  const Choice choice(select, first_page, end_page);
+  const score::Scorer<Score> scorer(select, score::Slots(select));
   const int32_t columns = choice.columns();
   copy_summaries<Traits>(shared, scorer, ids, columns, kv_head, rank, warp, lane);
-  score::Queries<Score> score_queries;
-  score_queries.load(select, scorer.slots, score::Members{1, 0, 0}, kv_head, 0);
-  ShortTile<Traits, 1> state;
-  state.load_queries(queries, min(lane % 8, params.group - 1) * p.q_stride_head, lane);
-
   // Meanwhile: which part of the list this CTA attends to, and of that all that needs no score.
   shared.counts.clear();
-  if (threadIdx.x == 0 && columns > 0) {
-    mbarrier_arrive_expect_tx(&shared.all_scored, columns * sizeof(Scored));
-  }
+  shared.few.clear();
+  if (warp == 0 && columns > 0 && elected()) copy_table(shared, select, columns);
   const int num_pages = choice.needed() ? choice.budget : choice.pages;
   const OwnKeys own(num_pages > 0 ? (num_pages - 1) * p.page_size + last_page_len : 0, params.page_shift, rank);
   const auto put = [&](int i, int32_t page) { shared.list[i - own.first_page] = page; };
@@ -317,24 +377,34 @@ __global__ void __cluster_dims__(kClusterCtas, 1, 1) __launch_bounds__(kTopkThre
     }
   }
 
+  if (params.early) wait_for_primary();
+  // The CTA that attends to the step's own key stores it.
+  const bool stores = params.tokens.k != nullptr && rank == own.last_cta();
+  NewToken<typename Traits::Element> token;
+  if (stores && warp == kClusterWarps - 1) token.load(p, params.tokens, kv_head, lane);
+  const auto* queries = static_cast<const typename Traits::Element*>(p.q) + kv_head * params.group * p.q_stride_head;
+  score::Queries<Score> score_queries;
+  score_queries.load(select, scorer.slots, score::Members{1, 0, 0}, kv_head, 0);
+  ShortTile<Traits, 1> state;
+  state.load_queries(queries, min(lane % 8, params.group - 1) * p.q_stride_head, lane);
   cluster_wait();  // for the barriers of the others
-  score_columns<Traits>(shared, scorer, score_queries, ids, columns, rank, warp, lane);
-  __syncthreads();  // counts are clear
+  score_columns<Traits>(shared, scorer, score_queries, columns, rank, warp, lane);
+  token.store();
+  __syncthreads();  // counts are clear, the token is stored
   if (columns > 0) {
     mbarrier_wait(&shared.all_scored, 0);
-    const ScoredColumns scored(shared.scored, columns);
-    const Threshold threshold = find_threshold(scored, key_range(scored, shared.counts), choice.count(select),
-                                               shared.counts, [](uint32_t) { return 1; });
-    for_each_chosen(scored, threshold, shared.counts, [&](int32_t i, int32_t column) {
+    for_each_best(shared, columns, choice.count(select), [&](int32_t i, int32_t column) {
       const int at = select.sparse.sink_pages + i;
-      if (own.has(at)) put(at, shared.scored[column].page);
+      if (own.has(at)) put(at, shared.table[select.sparse.sink_pages - table_begin(select) + column]);
     });
     __syncthreads();
   }
 
   const PieceCopies<Traits> copies{shared, &k_map, &v_map, own, params.page_shift, kv_head, warp};
-  if (params.behind_store) wait_for_primary();  // for the step's own key
-  if (lane < Traits::kStages) copies.ask(lane);
+  if (elected()) {
+#pragma unroll
+    for (int i = 0; i < Traits::kStages; ++i) copies.ask(i);
+  }
   if (columns > 0) {  // for layers that read the same pages
     for (int i = own.first_page + threadIdx.x; i < own.end_page; i += kTopkThreads) {
       list_of(select, 0, kv_head)[i] = shared.list[i - own.first_page];
@@ -348,15 +418,22 @@ __global__ void __cluster_dims__(kClusterCtas, 1, 1) __launch_bounds__(kTopkThre
   const int first_row = alone ? kv_head * params.group : 0;
   if (in >> rank & 1) {
     state.add_lanes();
-    state.leave(shared.warps[warp].pieces[0].share, 0, lane);
+    state.leave(shared.rings[warp][0].share, 0, lane);
     __syncthreads();
-    combine_shares<Traits, kClusterWarps>([&](int w) -> const auto& { return shared.warps[w].pieces[0].share; }, params,
+    combine_shares<Traits, kClusterWarps>([&](int w) -> const auto& { return shared.rings[w][0].share; }, params,
                                           params.group, alone, first_row + lane,
                                           PushSink<Traits>{p, shared.pushed, rank}, warp, kClusterWarps, lane);
   }
   if (warp == 0 && rank < params.group && !alone) {
     shared.pushed.wait(0, in, lane);
     merge_pushed(shared.pushed, 0, in, p, kv_head * params.group + rank, lane);
+  }
+
+  const int32_t filled = stores ? filled_page(select.pages, 0) : -1;
+  if (filled >= 0) {
+    __syncthreads();  // the shares are no longer read
+    summarize_full<kTopkThreads, typename Traits::Element, typename Score::S>(
+        select.pages, filled, kv_head, reinterpret_cast<unsigned char*>(shared.rings), sizeof(shared.rings));
   }
 }
 

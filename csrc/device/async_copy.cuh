@@ -1,4 +1,5 @@
-// cp.async (sm_80): 16-byte copies from global to shared memory that bypass the registers and L1; prefetches to L2.
+// cp.async (sm_80): 16-byte copies from global to shared memory that bypass the registers and L1; prefetches to L2; the
+// lane that asks the copy engine (sm_90).
 #pragma once
 
 #include <cstdint>
@@ -7,6 +8,21 @@ namespace flashcore {
 
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// Whether this lane acts for its warp, all lanes of which call. For what one lane asks of the copy engine or of an
+// mbarrier within `if (elected())`, ptxas writes one instruction; within `if (lane == 0)` a loop over the lanes there
+// may be, of 50 cycles.
+__device__ __forceinline__ bool elected() {
+  uint32_t is;
+  asm volatile(
+      "{\n"
+      "  .reg .pred p;\n"
+      "  elect.sync _|p, 0xffffffff;\n"
+      "  selp.u32 %0, 1, 0, p;\n"
+      "}\n"
+      : "=r"(is));
+  return is != 0;
 }
 
 __device__ __forceinline__ void prefetch_l2(const void* line) {

@@ -56,9 +56,9 @@ __device__ __forceinline__ void push(uint32_t to, float4 x, uint32_t barrier) {
                "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w), "r"(barrier)
                : "memory");
 }
-__device__ __forceinline__ void push(uint32_t to, uint2 x, uint32_t barrier) {
-  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.u32 [%0], {%1, %2}, [%3];" ::"r"(to), "r"(x.x),
-               "r"(x.y), "r"(barrier)
+__device__ __forceinline__ void push(uint32_t to, uint4 x, uint32_t barrier) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.u32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
+               "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w), "r"(barrier)
                : "memory");
 }
 __device__ __forceinline__ void push(uint32_t to, float x, uint32_t barrier) {

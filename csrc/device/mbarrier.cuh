@@ -54,6 +54,9 @@ __device__ __forceinline__ void mbarrier_wait(Mbarrier* barrier, uint32_t parity
 // Orders this thread's ordinary shared-memory accesses before later ones of the copy engine and of wgmma.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// Orders this thread's ordinary accesses to memory before later ones of the copy engine.
+__device__ __forceinline__ void fence_proxy_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+
 // A position in a ring of kStages stages, with the parity of its current trip round the ring.
 template <int kStages>
 struct RingCursor {

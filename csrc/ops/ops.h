@@ -48,7 +48,8 @@ void select_attend(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache
                    const std::string& variant, bool free_cuts, const Tensor& summaries, const Tensor& scores,
                    int64_t max_columns, int64_t summary_kind, int64_t group_reduction, double std_weight,
                    int64_t mass_share, int64_t sink_pages, int64_t recent_pages, int64_t budget_pages,
-                   int64_t budget_share, int64_t list_pages, int64_t sparse_begin, bool behind_store);
+                   int64_t budget_share, int64_t list_pages, int64_t sparse_begin, const std::optional<Tensor>& k,
+                   const std::optional<Tensor>& v, const std::optional<Tensor>& slots, bool early);
 
 int64_t cublaslt_workspace(int64_t batch, int64_t max_qo_len, int64_t max_kv_len, int64_t num_kv_heads, int64_t group,
                            int64_t head_dim, bool fp16, bool causal, bool fp32_scores, int64_t matmul_bytes);

@@ -78,47 +78,62 @@ void summarize(const Tensor& k_cache, const Tensor& kv_indptr, const Tensor& kv_
   run_store(kOp, {.pages = pages}, device);
 }
 
-void store(const Tensor& k_tensor, const Tensor& v_tensor, const Tensor& slots_tensor,
-           const std::optional<Tensor>& qo_indptr, const Tensor& k_cache, const Tensor& v_cache,
-           const Tensor& kv_indptr, const Tensor& kv_indices, const Tensor& last_page_len,
-           const std::optional<Tensor>& first_page, int64_t max_columns, int64_t summary_kind,
-           const Tensor& summaries) {
-  constexpr const char* kOp = "store";
-  const TensorArg k = describe(kOp, "k", k_tensor), v = describe(kOp, "v", v_tensor);
-  const int device = k.device;
+namespace {
+
+// The new tokens of a step or of an extend, and the caches that they belong in; the caller adds their requests.
+StoreParams describe_store(const char* op, const Tensor& k_tensor, const Tensor& v_tensor, const Tensor& slots_tensor,
+                           const Tensor& k_cache, const Tensor& v_cache, const SummarizeParams& pages) {
+  const TensorArg k = describe(op, "k", k_tensor), v = describe(op, "v", v_tensor);
   require_q(k);
   require_q(v);
-  const TensorArg cached_k = describe(kOp, "k_cache", k_cache), cached_v = describe(kOp, "v_cache", v_cache);
+  const TensorArg cached_k = describe(op, "k_cache", k_cache), cached_v = describe(op, "v_cache", v_cache);
   require_cache(cached_k, k, k.size(2));
   require_cache(cached_v, k, k.size(2));
   require_shape(cached_v, {cached_k.size(0), cached_k.size(1), cached_k.size(2), k.size(2)}, "(as k_cache)");
   require_shape(k, {kAnySize, cached_k.size(2), k.size(2)}, "(tokens, kv_heads, head_dim)");
   require_shape(v, {k.size(0), k.size(1), k.size(2)}, "(as k)");
   require_scalar(v, {k.scalar});
-  require_device(v, device);
-  const SummarizeParams pages = describe_summaries(kOp, k_cache, kv_indptr, kv_indices, last_page_len, first_page,
-                                                   max_columns, summary_kind, summaries, device);
-  const TensorArg slots = describe(kOp, "slots", slots_tensor);
-  require_buffer(slots, k.size(0), device, Scalar::int64);
+  require_device(v, k.device);
+  const TensorArg slots = describe(op, "slots", slots_tensor);
+  require_buffer(slots, k.size(0), k.device, Scalar::int64);
+  return {.pages = pages,
+          .tokens = {.k = k.data,
+                     .v = v.data,
+                     .slots = slots.as<int64_t>(),
+                     .k_stride_token = k.strides[0],
+                     .k_stride_head = k.strides[1],
+                     .v_stride_token = v.strides[0],
+                     .v_stride_head = v.strides[1]},
+          .v = cached_v.data,
+          .v_stride_page = cached_v.strides[0],
+          .v_stride_token = cached_v.strides[1],
+          .v_stride_head = cached_v.strides[2]};
+}
+
+void require_one_each(const char* op, const TensorArg& k, int32_t batch) {
+  require(k.size(0) == batch, op, "k: expected a token of each of ", batch, " requests, got ", k.size(0),
+          "; pass qo_indptr and first_page");
+}
+
+}  // namespace
+
+void store(const Tensor& k, const Tensor& v, const Tensor& slots, const std::optional<Tensor>& qo_indptr,
+           const Tensor& k_cache, const Tensor& v_cache, const Tensor& kv_indptr, const Tensor& kv_indices,
+           const Tensor& last_page_len, const std::optional<Tensor>& first_page, int64_t max_columns,
+           int64_t summary_kind, const Tensor& summaries) {
+  constexpr const char* kOp = "store";
+  const TensorArg tokens = describe(kOp, "k", k);
+  const int device = tokens.device;
+  StoreParams params = describe_store(kOp, k, v, slots, k_cache, v_cache,
+                                      describe_summaries(kOp, k_cache, kv_indptr, kv_indices, last_page_len, first_page,
+                                                         max_columns, summary_kind, summaries, device));
   require(
       qo_indptr.has_value() == first_page.has_value(), kOp,
       "qo_indptr: expected it beside first_page, or neither (one token of each request), got one of them; pass both");
-  require(qo_indptr || k.size(0) == pages.batch, kOp, "k: expected a token of each of ", pages.batch, " requests, got ",
-          k.size(0), "; pass qo_indptr and first_page");
-  StoreParams params{.pages = pages,
-                     .tokens = {.k = k.data,
-                                .v = v.data,
-                                .slots = slots.as<int64_t>(),
-                                .k_stride_token = k.strides[0],
-                                .k_stride_head = k.strides[1],
-                                .v_stride_token = v.strides[0],
-                                .v_stride_head = v.strides[1]},
-                     .v = cached_v.data,
-                     .v_stride_page = cached_v.strides[0],
-                     .v_stride_token = cached_v.strides[1],
-                     .v_stride_head = cached_v.strides[2]};
   if (qo_indptr) {
-    params.tokens.qo_indptr = describe_ints(kOp, "qo_indptr", *qo_indptr, pages.batch + 1, device).as<int32_t>();
+    params.tokens.qo_indptr = describe_ints(kOp, "qo_indptr", *qo_indptr, params.pages.batch + 1, device).as<int32_t>();
+  } else {
+    require_one_each(kOp, tokens, params.pages.batch);
   }
   run_store(kOp, params, device);
 }
@@ -201,7 +216,8 @@ void select_attend(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache
                    const std::string& variant, bool free_cuts, const Tensor& summaries, const Tensor& scores,
                    int64_t max_columns, int64_t summary_kind, int64_t group_reduction, double std_weight,
                    int64_t mass_share, int64_t sink_pages, int64_t recent_pages, int64_t budget_pages,
-                   int64_t budget_share, int64_t list_pages, int64_t sparse_begin, bool behind_store) {
+                   int64_t budget_share, int64_t list_pages, int64_t sparse_begin, const std::optional<Tensor>& k,
+                   const std::optional<Tensor>& v, const std::optional<Tensor>& slots, bool early) {
   constexpr const char* kOp = "select_attend";
   constexpr bool kCausal = true, kDecode = true;
   AttendWork work = describe_attend(kOp, {q, k_cache, v_cache, partial_o, partial_lse, out, lse}, plan, rows_per_tile,
@@ -211,14 +227,23 @@ void select_attend(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache
       .select = describe_select(kOp, q, k_cache, plan, summaries, scores, max_columns, summary_kind, group_reduction,
                                 std_weight, sm_scale, mass_share, sparse),
       .attend = work.params,
-      .behind_store = behind_store};
+      .early = early};
+  require(k.has_value() == v.has_value() && k.has_value() == slots.has_value(), kOp,
+          "k, v, slots: expected all of them (new tokens to be stored) or none, got some; pass the three");
+  StoreParams store{};
+  if (k) {
+    store = describe_store(kOp, *k, *v, *slots, k_cache, v_cache, params.select.pages);
+    require_one_each(kOp, describe(kOp, "k", *k), params.select.pages.batch);
+    params.tokens = store.tokens;
+  }
   if (work.params.num_tokens == 0) return;
   const Launch launch(work.device);
-  params.select.pages.stream = params.attend.stream = launch.stream();
+  params.select.pages.stream = params.attend.stream = store.pages.stream = launch.stream();
   params.attend.free_cuts = free_cuts;
   if (work.kernel.selects != nullptr && work.kernel.selects(params)) {
     return run(kOp, variant.c_str(), work.kernel.select_and_run, params);
   }
+  if (k) run_store(kOp, store, work.device);
   run_select(kOp, params.select, work.device);
   work.params = params.attend;
   // With top-p select writes tiles, too, and attention must not begin before it ends.

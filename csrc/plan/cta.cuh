@@ -41,6 +41,17 @@ __device__ T warp_scan(T value) {
   return value;
 }
 
+// The same for an integer, by shuffles that say themselves whether there is a lane below: no comparison for each.
+__device__ inline int32_t warp_scan(int32_t value) {
+#pragma unroll
+  for (int32_t delta = 1; delta < kWarp; delta *= 2) {
+    asm("{.reg .pred p; .reg .s32 below; shfl.sync.up.b32 below|p, %0, %1, 0, -1; @p add.s32 %0, %0, below;}"
+        : "+r"(value)
+        : "r"(delta));
+  }
+  return value;
+}
+
 // The threads of one CTA, whole warps of them. All of them call together.
 struct Cta {
   static constexpr int kSumBytes = 32;  // of the largest T that is summed

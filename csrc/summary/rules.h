@@ -155,9 +155,10 @@ struct Choice {
   int32_t middle_begin, middle_end;
   const int32_t* table;  // page ids
 
-  FLASHCORE_HD Choice(const SelectParams& p, int32_t r) {
-    const int32_t begin = p.plan.kv_indptr[r];
-    pages = p.plan.kv_indptr[r + 1] - begin;
+  FLASHCORE_HD Choice(const SelectParams& p, int32_t r) : Choice(p, p.plan.kv_indptr[r], p.plan.kv_indptr[r + 1]) {}
+  // Of the request whose page ids are kv_indices[begin, end).
+  FLASHCORE_HD Choice(const SelectParams& p, int32_t begin, int32_t end) {
+    pages = end - begin;
     budget = p.sparse.topk_pages(pages);
     middle_begin = p.sparse.sink_pages;
     const int32_t recent_begin = pages - p.sparse.recent_pages, scored = p.pages.max_columns;

@@ -177,40 +177,38 @@ struct Scorer {
     }
   }
 
-  // The scores of pages l / 4 (x) and l / 4 + 8 (y) of a unit for one request of at most kSlots query heads. The
-  // summaries of the pages are side by side at `rows`, as they are in memory; all channels of all chunks exist.
-  __device__ float2 score_rows(const unsigned char* rows, const Queries<Traits>& queries) const {
-    Sums sums;
-    // Rows begin in the same bank: odd pages read their chunks in pairs the other way round.
-    const bool odd = lane / kLanes & 1;
-    Block<S> blocks[kVectors][kChunks][2];
+  // This lane's part of the summaries of a unit, from shared memory, where there is one every row_bytes. All channels
+  // of all chunks exist.
+  using Part = Block<S>[kVectors][kChunks][2];
+  __device__ void load_part(const unsigned char* rows, uint32_t row_bytes, Part& part) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const auto* row = reinterpret_cast<const S*>(rows + (lane / kLanes + half * (kPages / 2)) * head_bytes);
+      const unsigned char* row = rows + (lane / kLanes + half * (kPages / 2)) * row_bytes;
+      const auto* blocks = reinterpret_cast<const Block<S>*>(row) + lane % kLanes;
 #pragma unroll
       for (int vector = 0; vector < kVectors; ++vector) {
 #pragma unroll
-        for (int c = 0; c < kChunks; c += 2) {
-          const auto part = [&](int i) {
-            return load_block(row + ((vector * kChunks + c + i) * kLanes + lane % kLanes) * kBlock);
-          };
-          const Block<S> first = part(odd), second = part(!odd);
-          blocks[vector][c][half] = odd ? second : first;
-          blocks[vector][c + 1][half] = odd ? first : second;
-        }
+        for (int c = 0; c < kChunks; ++c) part[vector][c][half] = blocks[(vector * kChunks + c) * kLanes];
       }
     }
-    multiply([&](int vector, int c, int half) { return blocks[vector][c][half]; }, queries, sums);
-    const int32_t slot = lane % kLanes * 2;
-    if (rule.reduction == GroupReduction::max) {
-      reduce<GroupReduction::max>(slot, sums);
-    } else if (rule.reduction == GroupReduction::mean) {
-      reduce<GroupReduction::mean>(slot, sums);
-    } else {
-      reduce<GroupReduction::logsumexp>(slot, sums);
+  }
+
+  // The scores of pages l / 4 (x) and l / 4 + 8 (y) of some units, for one request of at most kSlots query heads.
+  template <int kUnits>
+  __device__ void score_parts(const Part (&parts)[kUnits], const Queries<Traits>& queries,
+                              float2 (&scores)[kUnits]) const {
+    Sums sums[kUnits];
+#pragma unroll
+    for (int i = 0; i < kUnits; ++i) {
+      multiply([&](int vector, int c, int half) { return parts[i][vector][c][half]; }, queries, sums[i]);
     }
-    const int32_t first = lane / kLanes * kLanes;  // which has the request's first slot
-    return {__shfl_sync(~0u, sums[0], first), __shfl_sync(~0u, sums[2], first)};
+    if (rule.reduction == GroupReduction::max) {
+      finish_parts<GroupReduction::max>(sums, scores);
+    } else if (rule.reduction == GroupReduction::mean) {
+      finish_parts<GroupReduction::mean>(sums, scores);
+    } else {
+      finish_parts<GroupReduction::logsumexp>(sums, scores);
+    }
   }
 
  private:
@@ -257,6 +255,16 @@ struct Scorer {
       if (slots.heads() > 2) score = rule.combine<kReduction>(score, __shfl_xor_sync(~0u, score, 1));
       if (slots.heads() > 4) score = rule.combine<kReduction>(score, __shfl_xor_sync(~0u, score, 2));
       sums[2 * half] = score;
+    }
+  }
+
+  template <GroupReduction kReduction, int kUnits>
+  __device__ void finish_parts(Sums (&sums)[kUnits], float2 (&scores)[kUnits]) const {
+    const int32_t first = lane / kLanes * kLanes;  // which has the request's first slot
+#pragma unroll
+    for (int i = 0; i < kUnits; ++i) {
+      reduce<kReduction>(lane % kLanes * 2, sums[i]);
+      scores[i] = {__shfl_sync(~0u, sums[i][0], first), __shfl_sync(~0u, sums[i][2], first)};
     }
   }
 

@@ -22,43 +22,23 @@ constexpr int kStagedBytes = 16 * 1024;
 template <class T>
 __device__ void store_block(const StoreParams& p, int64_t token, int32_t head, int32_t channel) {
   const NewTokens& from = p.tokens;
-  const int64_t slot = from.slots[token], page = slot / p.pages.page_size, offset = slot % p.pages.page_size;
+  const SummarizeParams& pages = p.pages;
+  const int64_t slot = from.slots[token], page = slot / pages.page_size, offset = slot % pages.page_size;
   const auto copy = [&](const void* source, int64_t stride_token, int64_t stride_head, void* cache, int64_t page_stride,
                         int64_t token_stride, int64_t head_stride) {
     const T* block = static_cast<const T*>(source) + token * stride_token + head * stride_head + channel;
     T* to = static_cast<T*>(cache) + page * page_stride + offset * token_stride + head * head_stride + channel;
     *reinterpret_cast<Block<T>*>(to) = load_block(block);
   };
-  copy(from.k, from.k_stride_token, from.k_stride_head, const_cast<void*>(p.pages.k), p.pages.k_stride_page,
-       p.pages.k_stride_token, p.pages.k_stride_head);
+  copy(from.k, from.k_stride_token, from.k_stride_head, const_cast<void*>(pages.k), pages.k_stride_page,
+       pages.k_stride_token, pages.k_stride_head);
   copy(from.v, from.v_stride_token, from.v_stride_head, p.v, p.v_stride_page, p.v_stride_token, p.v_stride_head);
-}
-
-// The summary of a page that is full.
-template <class T, class S>
-__device__ void summarize_full(const SummarizeParams& p, int64_t page, int32_t kv_head) {
-  __shared__ alignas(16) unsigned char memory[kStagedBytes];
-  const int32_t blocks = p.head_dim / kBlock;
-  const T* k = static_cast<const T*>(p.k) + page * p.k_stride_page + kv_head * p.k_stride_head;
-  int64_t stride = p.k_stride_token;
-  if (p.page_size * p.head_dim * static_cast<int32_t>(sizeof(T)) <= kStagedBytes) {
-    T* staged = reinterpret_cast<T*>(memory);
-    for (int32_t i = threadIdx.x; i < p.page_size * blocks; i += kThreads) {
-      *reinterpret_cast<Block<T>*>(staged + i * kBlock) = load_block(k + i / blocks * stride + i % blocks * kBlock);
-    }
-    k = staged;
-    stride = p.head_dim;
-    __syncthreads();
-  }
-  for (int32_t channel = threadIdx.x; channel < p.head_dim; channel += kThreads) {
-    summarize_channels<1, T, S>(p, k + channel, stride, p.page_size, page, kv_head, channel);
-  }
 }
 
 template <class T, class S>
 __global__ void __launch_bounds__(kThreads) store_step_kernel(StoreParams p) {
+  allow_dependents();
   wait_for_primary();
-  allow_dependents();  // behind the wait: what is older than this kernel is over when the next one begins
   const int32_t r = blockIdx.x, head = blockIdx.y;
   if (p.tokens.k != nullptr) {
     for (int32_t channel = threadIdx.x * kBlock; channel < p.pages.head_dim; channel += kThreads * kBlock) {
@@ -67,8 +47,9 @@ __global__ void __launch_bounds__(kThreads) store_step_kernel(StoreParams p) {
   }
   const int32_t filled = filled_page(p.pages, r);
   if (filled < 0) return;
+  __shared__ alignas(16) unsigned char memory[kStagedBytes];
   __syncthreads();
-  summarize_full<T, S>(p.pages, filled, head);
+  summarize_full<kThreads, T, S>(p.pages, filled, head, memory, kStagedBytes);
 }
 
 template <class T, class S>

@@ -80,4 +80,26 @@ __device__ void summarize_channels(const SummarizeParams& p, const T* k, int64_t
   if (vectors == 2) store_block(out + p.head_dim, second);
 }
 
+// The summary of a page that is full, by kThreads threads, all of a CTA's. Its keys pass through `memory`, if that is
+// large enough.
+template <int kThreads, class T, class S>
+__device__ void summarize_full(const SummarizeParams& p, int64_t page, int32_t kv_head, unsigned char* memory,
+                               int32_t memory_bytes) {
+  const int32_t blocks = p.head_dim / kBlock;
+  const T* k = static_cast<const T*>(p.k) + page * p.k_stride_page + kv_head * p.k_stride_head;
+  int64_t stride = p.k_stride_token;
+  if (p.page_size * p.head_dim * static_cast<int32_t>(sizeof(T)) <= memory_bytes) {
+    T* staged = reinterpret_cast<T*>(memory);
+    for (int32_t i = threadIdx.x; i < p.page_size * blocks; i += kThreads) {
+      *reinterpret_cast<Block<T>*>(staged + i * kBlock) = load_block(k + i / blocks * stride + i % blocks * kBlock);
+    }
+    k = staged;
+    stride = p.head_dim;
+    __syncthreads();
+  }
+  for (int32_t channel = threadIdx.x; channel < p.head_dim; channel += kThreads) {
+    summarize_channels<1, T, S>(p, k + channel, stride, p.page_size, page, kv_head, channel);
+  }
+}
+
 }  // namespace flashcore

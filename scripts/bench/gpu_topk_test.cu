@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "attend/wgmma_sm90_decode.h"
+#include "device/dependent_launch.cuh"
 #include "gpu_decode_problem.cuh"
 #include "gpu_time.cuh"
 #include "params.h"
@@ -170,7 +171,7 @@ std::vector<Topk> topk_cases() {
   for (int group : {1, 2, 3, 5, 7, 8}) {
     cases.push_back({.name = "group " + std::to_string(group), .kv_len = 50000, .budget = 64, .group = group});
   }
-  for (int budget : {4, 5, 16, 200, 614, 2000}) {
+  for (int budget : {4, 5, 16, 98, 99, 100, 200, 614, 2000}) {
     cases.push_back({.name = "budget " + std::to_string(budget), .kv_len = 131000, .budget = budget});
   }
   for (auto kind : {SummaryKind::mean_std, SummaryKind::min_max, SummaryKind::mean}) {
@@ -202,10 +203,11 @@ std::vector<Topk> topk_cases() {
   return cases;
 }
 
-// Stands for what a layer runs before its keys are stored.
-__global__ void rotary(uint16_t* q) {
-  const uint16_t x = q[threadIdx.x];
-  q[threadIdx.x] = x;
+// Stands for what a layer runs before its keys are stored; launched, and allowing others, as SGLang's rotary embedding.
+__global__ void rotary(uint16_t* q, int count) {
+  wait_for_primary();
+  for (int i = threadIdx.x; i < count; i += blockDim.x) q[i] = q[i] + 0;
+  allow_dependents();
 }
 
 void time(const L2Flush& flush) {
@@ -223,7 +225,8 @@ void time(const L2Flush& flush) {
       attend(p, decode90::way_of(decode90::make_params(p)));
     };
     const auto rotate = [&] {
-      rotary<<<1, 256, 0, cudaStreamPerThread>>>(static_cast<uint16_t*>(const_cast<void*>(run.params.attend.q)));
+      CUDA_CHECK(launch_dependent(rotary, 1, 1024, cudaStreamPerThread,
+                                  static_cast<uint16_t*>(const_cast<void*>(run.params.attend.q)), 32 * 128));
     };
     const auto store = [&] {
       rotate();
@@ -240,10 +243,12 @@ void time(const L2Flush& flush) {
                                       run.together();
                                     },
                                     [&] {
-                                      store();
-                                      run.params.behind_store = 1;
+                                      rotate();
+                                      run.params.tokens = run.store.tokens;
+                                      run.params.early = 1;
                                       run.together();
-                                      run.params.behind_store = 0;
+                                      run.params.tokens = {};
+                                      run.params.early = 0;
                                     }},
                                    flush, 25);
     std::printf(
