@@ -43,7 +43,7 @@ STABLE_TORCH_LIBRARY(flashcore, m) {
       "plan(Tensor(a!)[] plan, Tensor(b!) scratch, int num_tokens, int num_kv_heads, int group, int page_size, "
       "int num_pages, int rows_per_tile, int max_partials, bool causal, int window_left, int policy, int sink_pages, "
       "int recent_pages, int budget_pages, int budget_share, int list_pages, int sparse_begin, bool share, "
-      "int pack_keys, int split_keys) -> ()");
+      "int pack_keys, int split_keys, bool beside=False) -> ()");
   m.def(
       "attend(Tensor q, Tensor k_cache, Tensor v_cache, Tensor[] plan, Tensor(a!) partial_o, Tensor(b!) partial_lse, "
       "Tensor(c!) out, Tensor(d!)? lse, int rows_per_tile, float sm_scale, bool causal, int window_left, "

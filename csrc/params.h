@@ -138,6 +138,7 @@ struct PlanParams {
   int32_t share;       // find shared prefixes, to be packed or scored together (requests of one query token only)
   int32_t pack_keys;   // keys of a KV head that packed rows save for each query of one, and 48 more, or there are none
   int32_t split_keys;  // 0: balance tiles over the CTAs; else cut every row each split_keys keys, whatever the batch
+  int32_t beside;      // 1: the launch before is another plan of the same page table
   void* stream;
 };
 

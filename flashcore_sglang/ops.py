@@ -159,6 +159,7 @@ def plan(
     share: bool,
     pack_keys: int = 0,
     split_keys: int,
+    beside: bool = False,
 ) -> None:
     """Writes rows, tiles, CTA ranges and merge lists from the CSR page table in ``plan``.
 
@@ -176,6 +177,7 @@ def plan(
         share: pack requests that share pages; topk: find pages that can be scored for several requests at once.
         pack_keys: packed rows save so many keys of a KV head for each query of one, and 48 more, or there are none.
         split_keys: 0, or the fixed length of a tile in keys.
+        beside: the launch before is another plan of the same page table; they may be made at the same time.
     """
     library().plan(
         plan,
@@ -194,6 +196,7 @@ def plan(
         share,
         pack_keys,
         split_keys,
+        beside,
     )
 
 

@@ -113,7 +113,7 @@ __device__ __forceinline__ void copy_summaries(TopkStorage<Traits>& shared, cons
 #pragma unroll
     for (int i = 0; i < score::kPages; ++i) {
       bulk_load(to.rows[round][i], summaries + uint64_t{static_cast<uint32_t>(pages[i])} * scorer.page_bytes, kBytes,
-                there);
+                there, kEvictFirst);
     }
   }
 }
@@ -139,15 +139,17 @@ __device__ __forceinline__ void score_columns(TopkStorage<Traits>& shared, const
   const int to = lane / 4, four = lane % 4;  // which CTA this lane tells of which pages of a unit
   const uint32_t keys = shared_address_in_cta(shared.keys, to), told = shared_address_in_cta(&shared.all_scored, to);
   const auto& summaries = UnitSummaries<Traits, Score>::of(shared, warp);
-  typename score::Scorer<Score>::Part parts[kTopkRounds] = {};
+  typename score::Scorer<Score>::Sums sums[kTopkRounds] = {};
 #pragma unroll
   for (int round = 0; round < kTopkRounds; ++round) {
     if (first_column(rank, warp, round) >= columns) break;
     mbarrier_wait(&shared.summaries[warp][round], 0);
-    scorer.load_part(summaries.rows[round][0], summaries.kRowBytes, parts[round]);
+    typename score::Scorer<Score>::Part part;
+    scorer.load_part(summaries.rows[round][0], summaries.kRowBytes, part);
+    scorer.multiply_part(part, queries, sums[round]);
   }
   float2 scores[kTopkRounds];
-  scorer.score_parts(parts, queries, scores);
+  scorer.finish_parts(sums, scores);
 #pragma unroll
   for (int round = 0; round < kTopkRounds; ++round) {
     const uint32_t own = sort_key(lane % 2 == 0 ? scores[round].x : scores[round].y);  // page lane / 4 + lane % 2 * 8

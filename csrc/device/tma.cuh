@@ -123,5 +123,13 @@ __device__ __forceinline__ void bulk_load(void* destination, const void* source,
                "l"(source), "r"(bytes), "r"(shared_address(barrier))
                : "memory");
 }
+__device__ __forceinline__ void bulk_load(void* destination, const void* source, uint32_t bytes, Mbarrier* barrier,
+                                          uint64_t l2_policy) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
+          "r"(shared_address(destination)),
+      "l"(source), "r"(bytes), "r"(shared_address(barrier)), "l"(l2_policy)
+      : "memory");
+}
 
 }  // namespace flashcore

@@ -19,7 +19,7 @@ void plan(const std::vector<Tensor>& plan, const Tensor& scratch, int64_t num_to
           int64_t group, int64_t page_size, int64_t num_pages, int64_t rows_per_tile, int64_t max_partials, bool causal,
           int64_t window_left, int64_t policy, int64_t sink_pages, int64_t recent_pages, int64_t budget_pages,
           int64_t budget_share, int64_t list_pages, int64_t sparse_begin, bool share, int64_t pack_keys,
-          int64_t split_keys);
+          int64_t split_keys, bool beside);
 
 void attend(const Tensor& q_tensor, const Tensor& k_cache, const Tensor& v_cache, const std::vector<Tensor>& plan,
             const Tensor& partial_o, const Tensor& partial_lse, const Tensor& out_tensor,

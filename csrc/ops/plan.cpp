@@ -45,7 +45,7 @@ void plan(const std::vector<Tensor>& plan, const Tensor& scratch, int64_t num_to
           int64_t group, int64_t page_size, int64_t num_pages, int64_t rows_per_tile, int64_t max_partials, bool causal,
           int64_t window_left, int64_t policy, int64_t sink_pages, int64_t recent_pages, int64_t budget_pages,
           int64_t budget_share, int64_t list_pages, int64_t sparse_begin, bool share, int64_t pack_keys,
-          int64_t split_keys) {
+          int64_t split_keys, bool beside) {
   constexpr const char* kOp = "plan";
   const TensorArg work = describe(kOp, "scratch", scratch);
   const int device = work.device;
@@ -79,6 +79,7 @@ void plan(const std::vector<Tensor>& plan, const Tensor& scratch, int64_t num_to
       .share = share,
       .pack_keys = static_cast<int32_t>(pack_keys),
       .split_keys = static_cast<int32_t>(split_keys),
+      .beside = beside,
       .stream = launch.stream(),
   };
   run(kOp, kOp, device == kCpu ? run_plan_cpu : run_plan_cuda, params);

@@ -4,7 +4,8 @@
 //   walk     (requests / 16)  a warp a request: nodes of the prefix tree, stretches that are scored once (share.cuh)
 //   plan     16 CTAs          rows, cuts, CTA ranges: what needs sums (build.h); tokens and tiles (write.h)
 //
-// Each launch begins while the one before it ends (dependent_launch.cuh). There are no atomics, so a plan is the same
+// Each launch begins while the one before it ends (dependent_launch.cuh), a second plan of the same page table beside
+// the first: plan lets it begin behind its own wait, for the page table. There are no atomics, so a plan is the same
 // in every run and the same as the CPU's. What takes the time is chains of dependent instructions, 5 cycles each, and
 // of loads, 600; a launch is 2000.
 #include <cuda_runtime.h>
@@ -27,8 +28,9 @@ template <bool kInShared>
 __global__ void __launch_bounds__(kMostThreads) plan_kernel(PlanJob p, Found found) {
   extern __shared__ int4 memory[];
   __shared__ Cta::Shared shared;
+  const bool first = !p.beside || shares_pages(p);  // of the launches of a second plan only the first one is beside
+  if (first) wait_for_primary();
   allow_dependents();
-  wait_for_primary();
   int32_t* const own =
       kInShared ? reinterpret_cast<int32_t*>(memory) : p.scratch + found.size + blockIdx.x * sums_of(p, p.scratch).size;
   const Sums sums = sums_of(p, own);
@@ -46,6 +48,7 @@ __global__ void __launch_bounds__(kMostThreads) plan_kernel(PlanJob p, Found fou
     }
     i -= end;
   });
+  if (!first) wait_for_primary();
 }
 
 // A thread for every request, row and cut of a decode step as far as that goes: more of them only wait for each other.

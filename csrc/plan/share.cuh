@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kTraceThreads, 4) trace_kernel(PlanJob p, Foun
   extern __shared__ int4 memory[];
   __shared__ TraceTeam::Shared shared;
   allow_dependents();
-  wait_for_primary();
+  if (!p.beside) wait_for_primary();
   TraceTeam team{shared};
   const int32_t r = blockIdx.x;
   const bool fits = batch_fits(p);
@@ -72,6 +72,7 @@ __global__ void __launch_bounds__(kTraceThreads, 4) trace_kernel(PlanJob p, Foun
   } else {
     trace_path(p, found, team, r, [&](int32_t i) { return shareable_of(p, request_of(p, i), fits); });
   }
+  if (p.beside) wait_for_primary();
 }
 
 __device__ inline Edge over_lanes(const Edge& sum) {

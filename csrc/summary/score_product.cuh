@@ -193,21 +193,20 @@ struct Scorer {
     }
   }
 
+  // What each page of a unit gets from each slot of a product.
+  __device__ void multiply_part(const Part& part, const Queries<Traits>& queries, Sums& sums) const {
+    multiply([&](int vector, int c, int half) { return part[vector][c][half]; }, queries, sums);
+  }
+
   // The scores of pages l / 4 (x) and l / 4 + 8 (y) of some units, for one request of at most kSlots query heads.
   template <int kUnits>
-  __device__ void score_parts(const Part (&parts)[kUnits], const Queries<Traits>& queries,
-                              float2 (&scores)[kUnits]) const {
-    Sums sums[kUnits];
-#pragma unroll
-    for (int i = 0; i < kUnits; ++i) {
-      multiply([&](int vector, int c, int half) { return parts[i][vector][c][half]; }, queries, sums[i]);
-    }
+  __device__ void finish_parts(Sums (&sums)[kUnits], float2 (&scores)[kUnits]) const {
     if (rule.reduction == GroupReduction::max) {
-      finish_parts<GroupReduction::max>(sums, scores);
+      reduce_parts<GroupReduction::max>(sums, scores);
     } else if (rule.reduction == GroupReduction::mean) {
-      finish_parts<GroupReduction::mean>(sums, scores);
+      reduce_parts<GroupReduction::mean>(sums, scores);
     } else {
-      finish_parts<GroupReduction::logsumexp>(sums, scores);
+      reduce_parts<GroupReduction::logsumexp>(sums, scores);
     }
   }
 
@@ -259,7 +258,7 @@ struct Scorer {
   }
 
   template <GroupReduction kReduction, int kUnits>
-  __device__ void finish_parts(Sums (&sums)[kUnits], float2 (&scores)[kUnits]) const {
+  __device__ void reduce_parts(Sums (&sums)[kUnits], float2 (&scores)[kUnits]) const {
     const int32_t first = lane / kLanes * kLanes;  // which has the request's first slot
 #pragma unroll
     for (int i = 0; i < kUnits; ++i) {

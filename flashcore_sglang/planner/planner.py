@@ -276,7 +276,14 @@ class Planner:
         self._run_plan(self.plan, policy, num_tokens, decode, causal, window_left)
 
     def _run_plan(
-        self, plan: Plan, policy: Policy, num_tokens: int, decode: bool, causal: bool, window_left: int
+        self,
+        plan: Plan,
+        policy: Policy,
+        num_tokens: int,
+        decode: bool,
+        causal: bool,
+        window_left: int,
+        beside: bool = False,
     ) -> None:
         c, o = plan.capacity, self.options
         plan.cut = decode or o.split_keys > 0 or not c.needs_no_cuts(num_tokens)
@@ -297,4 +304,5 @@ class Planner:
             share=decode and o.share and c.packs,
             pack_keys=c.pack_keys,
             split_keys=o.split_keys if plan.cut else UNCUT,
+            beside=beside,
         )

@@ -83,4 +83,4 @@ class Topk(Planner):
         self._sparse = decode and window_left < 0
         if self._sparse and self.dense_plan is not self.plan:
             self.dense_plan.batch = self.plan.batch
-            self._run_plan(self.dense_plan, Policy.EXACT, num_tokens, decode, causal, window_left)
+            self._run_plan(self.dense_plan, Policy.EXACT, num_tokens, decode, causal, window_left, beside=True)

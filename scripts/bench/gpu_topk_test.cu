@@ -232,6 +232,14 @@ void time(const L2Flush& flush) {
       rotate();
       CUDA_CHECK(run_store_cuda(run.store));
     };
+    const auto alone = [&] {
+      rotate();
+      run.params.tokens = run.store.tokens;
+      run.params.early = 1;
+      run.together();
+      run.params.tokens = {};
+      run.params.early = 0;
+    };
     const auto times = time_graphs({[&] { run.apart(); }, [&] { run.together(); }, exact,
                                     [&] { CUDA_CHECK(run_select_cuda(run.params.select)); }, store,
                                     [&] {
@@ -242,18 +250,11 @@ void time(const L2Flush& flush) {
                                       store();
                                       run.together();
                                     },
-                                    [&] {
-                                      rotate();
-                                      run.params.tokens = run.store.tokens;
-                                      run.params.early = 1;
-                                      run.together();
-                                      run.params.tokens = {};
-                                      run.params.early = 0;
-                                    }},
+                                    alone},
                                    flush, 25);
     std::printf(
         "%-28s apart %6.2f together %6.2f attend alone %6.2f select %6.2f | store %6.2f and apart %6.2f together %6.2f "
-        "beside %6.2f\n",
+        "storing %6.2f\n",
         t.name.c_str(), times[0], times[1], times[2], times[3], times[4], times[5], times[6], times[7]);
     std::fflush(stdout);
   }
