@@ -242,7 +242,7 @@ struct SelectAttendParams {
   SelectParams select;
   AttendParams attend;
   NewTokens tokens;  // one of each request; its caches are those of attend, its summaries those of select
-  int32_t early;     // 1: plan and summaries have been ready before the launch ahead of this one began
+  int32_t early;     // 1: plan and summaries were ready before the launch ahead of this one began
 };
 
 // Every run_* returns 0 or a cudaError_t (CPU: 0).

@@ -1,20 +1,20 @@
 // Decode on Hopper under policy topk, one request of a model with 8 KV heads: a cluster of CTAs for each of them, from
-// the summaries of its pages to the output.
+// the summaries of its pages to the output. The step's own key and value are stored, too.
 //
-// Scores, choice and attention are three kernels elsewhere (summary/score.cuh, summary/select.cu, the decode kernels),
-// each of which begins cold and hands over by way of L2. Here a KV head's scores go from each CTA of its cluster to all
-// of them, by st.async; each makes the same choice for itself and attends to its share of the chosen pages. Where the
-// request has no more pages than the budget, all are read, and the output is that of wgmma_sm90_decode_cluster.cuh to
-// the bit.
+// Store, scores, choice and attention are four kernels elsewhere (summary/store.cu, summary/score.cuh,
+// summary/select.cu, the decode kernels), each of which begins cold and hands over by way of L2. Here a KV head's
+// scores go from each CTA of its cluster to all of them, by st.async; each makes the same choice for itself and attends
+// to its share of the chosen pages. Where the request has no more pages than the budget, all are read, and the output
+// is that of wgmma_sm90_decode_cluster.cuh to the bit.
 //
 // Grid   8 CTAs a KV head, one to an SM. Block: 8 warps, each with 24 KB of shared memory that it fills by itself.
 // Shared 192 KB, first of summaries, 16 pages a warp and round, then of keys and values, 16 tokens a piece; the keys of
-//        all scores; partial results, pushed.
+//        all scores and the page ids; partial results, pushed.
 //
-// Measured on an H200 with cold caches (32 query and 8 KV heads of 128, bf16, pages of 64), us from the end of the
-// kernel before the store: store, select, attend and merge / store and this one beside it. 128K with a budget of 4096:
-// 22.5 / 20.9; 32K with 2048: 18.3 / 16.2; 4000 keys, all read: 18.1 / 14.9; 1000: 14.3 / 11.4. Of that 1 to 1.5 is
-// what begins beside the store: page ids, summaries, queries.
+// Measured on an H200 with cold caches (32 query and 8 KV heads of 128, bf16, pages of 64), us of a rotary embedding
+// and what follows: store, select, attend and merge / this kernel, which begins beside it. 128K with a budget of 4096:
+// 21.5 / 17.1; 32K with 2048: 17.5 / 14.2; 4000 keys, all read: 17.2 / 14.2; 1000: 13.8 / 10.6. At 128K, from the
+// start: summaries there 3.5, scores known to all 5.1, pages chosen 7, the last ones there 12.5, merged 14.
 #pragma once
 
 #include "attend/wgmma_sm90_decode_cluster_merge.cuh"
@@ -41,7 +41,7 @@ static_assert(score::kPages / 4 * kClusterCtas == 32, "a lane tells a CTA of fou
 struct TopkParams : Params {
   SelectParams select;
   NewTokens tokens;
-  int32_t early;  // all but the queries and the new tokens has been ready before the launch before began
+  int32_t early;  // all but the queries and the new tokens was ready before the launch ahead of this one began
 };
 
 template <typename Traits>
