@@ -255,6 +255,23 @@ def test_it_stores_new_tokens_as_store_does(name: str, device: str) -> None:
         assert torch.equal(ours.view(torch.uint8), expected.view(torch.uint8)), f"{name}: {what} differ"
 
 
+def test_new_tokens_are_one_of_each_request() -> None:
+    case = Case((300, 200))
+    layer = Layer(case, "cpu")
+    k, v, slots = new_tokens(layer, case)
+    before = layer.k.clone(), layer.v.clone()
+    for new, message in (
+        (ops.NewTokens(k[:1], v[:1], slots[:1]), "k: expected a token of each of 2 requests, got 1"),
+        (ops.NewTokens(k, v, slots[:1]), "slots: expected"),
+        (ops.NewTokens(k, v[:, :1], slots), "v: expected shape"),
+        (ops.NewTokens(k.float(), v, slots), "k_cache: expected"),
+    ):
+        with pytest.raises(RuntimeError, match=f"flashcore.select_attend: {message}.*; "):
+            layer.attend(together=True, new=new)
+    for cache, was in zip((layer.k, layer.v), before, strict=True):
+        assert torch.equal(cache.view(torch.uint8), was.view(torch.uint8))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("keys", [700, 768, 8961, 8960])
 def test_it_may_begin_beside_what_makes_the_queries_and_the_new_token(keys: int) -> None:

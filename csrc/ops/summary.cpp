@@ -112,7 +112,7 @@ StoreParams describe_store(const char* op, const Tensor& k_tensor, const Tensor&
 
 void require_one_each(const char* op, const TensorArg& k, int32_t batch) {
   require(k.size(0) == batch, op, "k: expected a token of each of ", batch, " requests, got ", k.size(0),
-          "; pass qo_indptr and first_page");
+          "; pass one of each, or to op store qo_indptr and first_page, too");
 }
 
 }  // namespace
