@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 
 import kit
+import test_select_attend
 from cases import Case, decode, extend, make
 
 from flashcore_sglang import PagedAttention, variants
@@ -77,7 +78,20 @@ def run_topk() -> None:
         assert shares == (case.shared_pages > 0)
 
 
+def run_storing(device: str = "cuda") -> None:
+    """One request's step that stores its token, within the budget and above it; in both it fills a page."""
+    for keys in (5 * PAGE, 20 * PAGE):
+        case = test_select_attend.Case((keys,))
+        layer = test_select_attend.Layer(case, device)
+        out, _, _ = layer.attend(together=True, new=test_select_attend.new_tokens(layer, case))
+        assert bool(out.isfinite().all())
+
+
 if __name__ == "__main__":
     for subject in sys.argv[1:]:
-        run_topk() if subject == "topk" else run_exact(subject)
+        if subject == "topk":
+            run_topk()
+            run_storing()
+        else:
+            run_exact(subject)
         print(f"{subject} ran", flush=True)
