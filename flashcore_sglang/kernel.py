@@ -57,7 +57,8 @@ class Kernel:
     ) -> None:
         """``ops.attend`` over ``plan``, or over its ``parts`` one after the other where some are given.
 
-        With a ``selection`` it is ``ops.select_attend``, of a decode batch without a window.
+        With a ``selection`` it is ``ops.select_attend``, of a decode batch without a window; ``new`` and ``early`` are
+        for that.
         """
         partials = self.partial_o[: plan.max_partials], self.partial_lse[: plan.max_partials]
         if selection is not None:

@@ -39,10 +39,6 @@ SummarizeParams describe_pages(const char* op, const Tensor& k_cache, const Tens
   };
 }
 
-}  // namespace
-
-namespace {
-
 // The cache, the page table of a batch, and the summaries to bring up to date.
 SummarizeParams describe_summaries(const char* op, const Tensor& k_cache, const Tensor& kv_indptr,
                                    const Tensor& kv_indices, const Tensor& last_page_len,

@@ -22,22 +22,21 @@ constexpr int kStagedBytes = 16 * 1024;
 template <class T>
 __device__ void store_block(const StoreParams& p, int64_t token, int32_t head, int32_t channel) {
   const NewTokens& from = p.tokens;
-  const SummarizeParams& pages = p.pages;
-  const int64_t slot = from.slots[token], page = slot / pages.page_size, offset = slot % pages.page_size;
+  const int64_t slot = from.slots[token], page = slot / p.pages.page_size, offset = slot % p.pages.page_size;
   const auto copy = [&](const void* source, int64_t stride_token, int64_t stride_head, void* cache, int64_t page_stride,
                         int64_t token_stride, int64_t head_stride) {
     const T* block = static_cast<const T*>(source) + token * stride_token + head * stride_head + channel;
     T* to = static_cast<T*>(cache) + page * page_stride + offset * token_stride + head * head_stride + channel;
     *reinterpret_cast<Block<T>*>(to) = load_block(block);
   };
-  copy(from.k, from.k_stride_token, from.k_stride_head, const_cast<void*>(pages.k), pages.k_stride_page,
-       pages.k_stride_token, pages.k_stride_head);
+  copy(from.k, from.k_stride_token, from.k_stride_head, const_cast<void*>(p.pages.k), p.pages.k_stride_page,
+       p.pages.k_stride_token, p.pages.k_stride_head);
   copy(from.v, from.v_stride_token, from.v_stride_head, p.v, p.v_stride_page, p.v_stride_token, p.v_stride_head);
 }
 
 template <class T, class S>
 __global__ void __launch_bounds__(kThreads) store_step_kernel(StoreParams p) {
-  allow_dependents();
+  allow_dependents();  // at once: who begins beside this kernel waits for it, and so for what is older
   wait_for_primary();
   const int32_t r = blockIdx.x, head = blockIdx.y;
   if (p.tokens.k != nullptr) {
