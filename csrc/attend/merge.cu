@@ -86,7 +86,7 @@ __device__ __forceinline__ void write_merged(const AttendParams& p, int item,
   using Sum = Channels<kHeadDim>;
   const int lane = threadIdx.x % 32;
   const float weight = add_merge_sums(weights[0], weights[1], weights[2], weights[3]);
-  const float inverse = weight > 0.0f ? 1.0f / weight : 0.0f;
+  const float inverse = inverse_or_zero(weight);
   auto* out = reinterpret_cast<uint32_t*>(static_cast<Element*>(p.out) + static_cast<int64_t>(item) * kHeadDim);
 #pragma unroll
   for (int v = 0; v < Sum::kPerLane; v += 2) {
@@ -97,7 +97,7 @@ __device__ __forceinline__ void write_merged(const AttendParams& p, int item,
     }
     if (!Sum::none()) out[(lane * Sum::kPerLane + v) / 2] = pack2<Element>(x[0], x[1]);
   }
-  if (p.lse != nullptr && lane == 0) p.lse[item] = weight > 0.0f ? maximum + log2f(weight) : -INFINITY;
+  if (p.lse != nullptr && lane == 0) p.lse[item] = maximum + log2_fast(weight);
 }
 
 // Merges `heads` query heads of one KV head one by one: their partial results stand side by side. kShare warps work on
@@ -214,7 +214,7 @@ __device__ __forceinline__ void merge_few(const AttendParams& p, int item, const
 #pragma unroll
   for (float& x : weights) x = exp2_fast(x - reference);
   const float weight = add_merge_sums(weights[0], weights[1], weights[2], weights[3]);
-  const float inverse = weight > 0.0f ? 1.0f / weight : 0.0f;
+  const float inverse = inverse_or_zero(weight);
 
   const int lane = threadIdx.x % kFewLanes;
 #pragma unroll
@@ -232,7 +232,7 @@ __device__ __forceinline__ void merge_few(const AttendParams& p, int item, const
         make_uint2(pack2<Element>(merged(x[0].x, x[1].x, x[2].x, x[3].x), merged(x[0].y, x[1].y, x[2].y, x[3].y)),
                    pack2<Element>(merged(x[0].z, x[1].z, x[2].z, x[3].z), merged(x[0].w, x[1].w, x[2].w, x[3].w)));
   }
-  if (p.lse != nullptr && lane == 0) p.lse[item] = weight > 0.0f ? maximum + log2f(weight) : -INFINITY;
+  if (p.lse != nullptr && lane == 0) p.lse[item] = maximum + log2_fast(weight);
 }
 
 // ----------------------------------------------------------------------------------------- kernels

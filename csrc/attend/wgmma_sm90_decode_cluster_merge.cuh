@@ -123,11 +123,11 @@ struct MergeSum {
   }
   template <typename Traits>
   __device__ __forceinline__ void store(const AttendParams& p, int row, float maximum, int lane) const {
-    const float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
+    const float inverse = inverse_or_zero(sum);
     if (4 * lane < Traits::kHeadDim) {
       store4<Traits>(p, true, row, 4 * lane, make_float4(o.x * inverse, o.y * inverse, o.z * inverse, o.w * inverse));
     }
-    if (lane == 0) store_lse(p, true, row, maximum + log2f(sum));
+    if (lane == 0) store_lse(p, true, row, maximum + log2_fast(sum));
   }
 };
 

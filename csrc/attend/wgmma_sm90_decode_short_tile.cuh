@@ -220,9 +220,9 @@ __device__ __forceinline__ void combine_shares(const ShareOf& share, const Param
       o.z += weight * part.z;
       o.w += weight * part.w;
     }
-    const float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
+    const float inverse = inverse_or_zero(sum);
     sink.store4(direct, row, d, make_float4(o.x * inverse, o.y * inverse, o.z * inverse, o.w * inverse));
-    if (d == 0) sink.store_lse(direct, row, maximum * params.softmax_scale + log2f(sum));
+    if (d == 0) sink.store_lse(direct, row, maximum * params.softmax_scale + log2_fast(sum));
   }
 }
 

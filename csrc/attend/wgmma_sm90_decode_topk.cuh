@@ -11,10 +11,13 @@
 // Shared 192 KB, first of summaries, 16 pages a warp and round, then of keys and values, 16 tokens a piece; the keys of
 //        all scores and the page ids; partial results, pushed.
 //
+// What an SM loads behind its summaries, 131 KB at 128K, comes behind them, and all wait for the last one: the queries
+// are loaded first, by one warp for all.
+//
 // Measured on an H200 with cold caches (32 query and 8 KV heads of 128, bf16, pages of 64), us of a rotary embedding
 // and what follows: store, select, attend and merge / this kernel, which begins beside it. 128K with a budget of 4096:
-// 21.5 / 17.1; 32K with 2048: 17.5 / 14.2; 4000 keys, all read: 17.2 / 14.2; 1000: 13.8 / 10.6. At 128K, from the
-// start: summaries there 3.5, scores known to all 5.1, pages chosen 7, the last ones there 12.5, merged 14.
+// 21.7 / 16.3; 32K with 2048: 17.5 / 13.4; 4000 keys, all read: 17.0 / 12.4; 1000: 14.0 / 9.6. At 128K, from the
+// start: summaries there 3.4, scores known to all 4.4, pages chosen 5.8, the last ones there 10.6, merged 11.3.
 #pragma once
 
 #include "attend/wgmma_sm90_decode_cluster_merge.cuh"
@@ -53,6 +56,10 @@ struct TopkStorage {
   int32_t list[kMostListed];
   Counts<kTopkThreads, 10> counts;
   BestFew<kTopkThreads, kMostScored> few;
+  // Of the KV head, a row a query head; what lanes read at a time is in different banks.
+  static constexpr int kQueryRow = Traits::kHeadDim + kBlock;
+  alignas(16) typename Traits::Element queries[score::kSlots][kQueryRow];
+  Mbarrier asked;       // the queries are there
   Mbarrier all_scored;  // and the table is there
   Mbarrier summaries[kClusterWarps][kTopkRounds];
   Mbarrier pieces[kClusterWarps][Traits::kStages];
@@ -63,6 +70,7 @@ struct TopkStorage {
     for (int i = 0; i < Traits::kStages; ++i) mbarrier_init(&pieces[warp][i], 1);
     if (warp == 0) {
       pushed.init();
+      mbarrier_init(&asked, 1);
       mbarrier_init(&all_scored, 1);
     }
   }
@@ -79,10 +87,8 @@ __device__ __forceinline__ int32_t first_column(int rank, int warp, int round) {
 // A warp's memory: summaries of the pages of its units, then pieces of the pages that are chosen.
 template <typename Traits, typename Score>
 struct UnitSummaries {
-  static constexpr uint32_t kBytes = Score::kVectors * Traits::kHeadDim * sizeof(typename Score::S);  // of a page
-  // What lanes read at a time, of two rows or four, is in different banks.
-  static constexpr uint32_t kRowBytes = (kBytes + 127) / 128 * 128 + score::kLanes * kBlock * sizeof(typename Score::S);
-  unsigned char rows[kTopkRounds][score::kPages][kRowBytes];
+  static constexpr uint32_t kBytes = Score::kSummaryBytes;  // of a page
+  unsigned char rows[kTopkRounds][score::kPages][kBytes];   // swizzled
 
   static __device__ __forceinline__ UnitSummaries& of(TopkStorage<Traits>& shared, int warp) {
     static_assert(sizeof(UnitSummaries) <= sizeof(shared.rings[0]));
@@ -90,33 +96,81 @@ struct UnitSummaries {
   }
 };
 
-// Asks for the summaries that this warp scores. ids: lane l has page l % 16 of the unit of round l / 16. Where a unit
-// has fewer pages, its first one stands for them.
+// Maps of the summaries, for boxes of a page and of a whole unit.
+struct SummaryMaps {
+  CUtensorMap page, unit;
+};
+
+// Asks for the summaries that this warp scores. ids: lane l has page l % 16 of the unit of round l / 16. Those of pages
+// that follow each other, as the pages of a long prompt mostly do, are one copy: the copy engine takes as long for a
+// summary by itself as for two in a row. Where a unit has fewer pages, its first one stands for them.
 template <typename Traits, typename Score>
-__device__ __forceinline__ void copy_summaries(TopkStorage<Traits>& shared, const score::Scorer<Score>& scorer,
-                                               int32_t ids, int32_t columns, int kv_head, int rank, int warp,
-                                               int lane) {
+__device__ __forceinline__ void copy_summaries(TopkStorage<Traits>& shared, const SummaryMaps& maps, int32_t ids,
+                                               int32_t columns, int kv_head, int rank, int warp, int lane) {
   auto& to = UnitSummaries<Traits, Score>::of(shared, warp);
-  constexpr uint32_t kBytes = to.kBytes;
-  const auto* summaries = static_cast<const unsigned char*>(scorer.p.pages.summaries.data) + kv_head * kBytes;
 #pragma unroll 1
   for (int round = 0; round < kTopkRounds; ++round) {
     const int32_t count = columns - first_column(rank, warp, round), in_unit = lane % score::kPages;
     if (count <= 0) break;
-    const int32_t own = __shfl_sync(~0u, ids, round * score::kPages + (in_unit < count ? in_unit : 0));
-    int32_t pages[score::kPages];
-#pragma unroll
-    for (int i = 0; i < score::kPages; ++i) pages[i] = __shfl_sync(~0u, own, i);
-    if (!elected()) continue;
+    auto& rows = to.rows[round];
     Mbarrier* there = &shared.summaries[warp][round];
-    mbarrier_arrive_expect_tx(there, score::kPages * kBytes);
+    const int32_t own = __shfl_sync(~0u, ids, round * score::kPages + (in_unit < count ? in_unit : 0));
+    const int32_t first = __shfl_sync(~0u, own, 0);
+    if (__all_sync(~0u, own == first + in_unit)) {
+      if (elected()) {
+        mbarrier_arrive_expect_tx(there, sizeof(rows));
+        tma_load_summaries(rows, &maps.unit, there, kv_head, first, kEvictFirst);
+      }
+    } else {
+      int32_t pages[score::kPages];
 #pragma unroll
-    for (int i = 0; i < score::kPages; ++i) {
-      bulk_load(to.rows[round][i], summaries + uint64_t{static_cast<uint32_t>(pages[i])} * scorer.page_bytes, kBytes,
-                there, kEvictFirst);
+      for (int i = 0; i < score::kPages; ++i) pages[i] = __shfl_sync(~0u, own, i);
+      if (elected()) {
+        mbarrier_arrive_expect_tx(there, sizeof(rows));
+#pragma unroll
+        for (int i = 0; i < score::kPages; ++i) {
+          tma_load_summaries(rows[i], &maps.page, there, kv_head, pages[i], kEvictFirst);
+        }
+      }
     }
+    __syncwarp();
   }
 }
+
+// The queries of a KV head on their way to shared memory by way of the registers of one warp: behind summaries in the
+// copy engine they would be late.
+template <typename Traits>
+class QueryRows {
+ public:
+  __device__ __forceinline__ void load(const TopkParams& params, int kv_head, int lane) {
+    const AttendParams& p = params.attend;
+    const auto* queries = static_cast<const Element*>(p.q) + kv_head * params.group * p.q_stride_head;
+#pragma unroll
+    for (int i = 0; i < kMost; ++i) {
+      if (head(i, lane) < params.group) {
+        blocks_[i] = load_block(queries + head(i, lane) * p.q_stride_head + channel(lane));
+      }
+    }
+  }
+  __device__ __forceinline__ void store(TopkStorage<Traits>& shared, const TopkParams& params, int lane) const {
+#pragma unroll
+    for (int i = 0; i < kMost; ++i) {
+      if (head(i, lane) >= params.group) break;
+      *reinterpret_cast<Block<Element>*>(&shared.queries[head(i, lane)][channel(lane)]) = blocks_[i];
+    }
+    __syncwarp();
+    if (elected()) mbarrier_arrive(&shared.asked);
+  }
+
+ private:
+  using Element = typename Traits::Element;
+  static constexpr int kBlocks = Traits::kHeadDim / kBlock, kAtOnce = 32 / kBlocks, kMost = score::kSlots / kAtOnce;
+
+  static __device__ __forceinline__ int head(int i, int lane) { return i * kAtOnce + lane / kBlocks; }
+  static __device__ __forceinline__ int channel(int lane) { return lane % kBlocks * kBlock; }
+
+  Block<Element> blocks_[kMost];
+};
 
 // The column with which shared.table begins: that of a multiple of 16 bytes ahead of the first one to choose from.
 __device__ __forceinline__ int32_t table_begin(const SelectParams& p) { return p.sparse.sink_pages & ~3; }
@@ -127,7 +181,7 @@ __device__ __forceinline__ void copy_table(TopkStorage<Traits>& shared, const Se
   const int32_t begin = table_begin(p), ids = p.sparse.sink_pages + columns - begin;
   const uint32_t table_bytes = ceil_div(ids, 4) * 16, key_bytes = ceil_div(columns, 4) * 16;
   mbarrier_arrive_expect_tx(&shared.all_scored, table_bytes + key_bytes);
-  bulk_load(shared.table, p.plan.kv_indices + begin, table_bytes, &shared.all_scored);
+  bulk_load(shared.table, p.plan.kv_indices + begin, table_bytes, &shared.all_scored, kEvictLast);
 }
 
 // Scores this warp's part of the columns and tells all CTAs of the cluster.
@@ -139,24 +193,18 @@ __device__ __forceinline__ void score_columns(TopkStorage<Traits>& shared, const
   const int to = lane / 4, four = lane % 4;  // which CTA this lane tells of which pages of a unit
   const uint32_t keys = shared_address_in_cta(shared.keys, to), told = shared_address_in_cta(&shared.all_scored, to);
   const auto& summaries = UnitSummaries<Traits, Score>::of(shared, warp);
-  typename score::Scorer<Score>::Sums sums[kTopkRounds] = {};
-#pragma unroll
+#pragma unroll 1
   for (int round = 0; round < kTopkRounds; ++round) {
-    if (first_column(rank, warp, round) >= columns) break;
+    const int32_t column = first_column(rank, warp, round);
+    if (column >= columns) break;
     mbarrier_wait(&shared.summaries[warp][round], 0);
     typename score::Scorer<Score>::Part part;
-    scorer.load_part(summaries.rows[round][0], summaries.kRowBytes, part);
-    scorer.multiply_part(part, queries, sums[round]);
-  }
-  float2 scores[kTopkRounds];
-  scorer.finish_parts(sums, scores);
-#pragma unroll
-  for (int round = 0; round < kTopkRounds; ++round) {
-    const uint32_t own = sort_key(lane % 2 == 0 ? scores[round].x : scores[round].y);  // page lane / 4 + lane % 2 * 8
+    scorer.load_part(summaries.rows[round][0], part);
+    const float2 scores = scorer.score_part(part, queries);
+    const uint32_t own = sort_key(lane % 2 == 0 ? scores.x : scores.y);  // page lane / 4 + lane % 2 * 8
     const auto key = [&](int i) { return __shfl_sync(~0u, own, (4 * four + i) % 8 * score::kLanes + four / 2); };
     const uint4 message = make_uint4(key(0), key(1), key(2), key(3));
-    const int32_t column = first_column(rank, warp, round) + 4 * four;
-    if (column < columns) push(keys + column * sizeof(uint32_t), message, told);
+    if (column + 4 * four < columns) push(keys + (column + 4 * four) * sizeof(uint32_t), message, told);
   }
 }
 
@@ -191,6 +239,8 @@ __device__ __forceinline__ void for_each_best(TopkStorage<Traits>& shared, int32
                                               const F& f) {
   const auto key = [&](int32_t column) { return shared.keys[column]; };
   if (wanted <= shared.few.kMostWanted && for_each_of_few(shared.few, columns, wanted, key, f)) return;
+  shared.counts.clear();
+  __syncthreads();
   const ScoredColumns scored(shared.keys, columns);
   const Threshold threshold =
       find_threshold(scored, key_range(scored, shared.counts), wanted, shared.counts, [](uint32_t) { return 1; });
@@ -307,27 +357,30 @@ struct PushSink {
 // Those of one KV head, by one warp; a lane has a block of 8 channels of one of them.
 template <typename T>
 struct NewToken {
-  Block<T> block;
-  T* to = nullptr;
+  Block<T> block{};
+  int64_t slot = 0;
 
+  __device__ __forceinline__ static bool has(const AttendParams& p, int lane) { return lane < 2 * p.head_dim / kBlock; }
+  __device__ __forceinline__ static int channel(const AttendParams& p, int lane) {
+    return lane * kBlock & (p.head_dim - 1);  // of K, then of V
+  }
   __device__ __forceinline__ void load(const AttendParams& p, const NewTokens& tokens, int kv_head, int lane) {
-    const int blocks = p.head_dim / kBlock, channel = lane % blocks * kBlock;
-    if (lane >= 2 * blocks) return;
-    const int64_t slot = tokens.slots[0], page = slot / p.page_size, offset = slot % p.page_size;
-    if (lane < blocks) {
-      block = load_block(static_cast<const T*>(tokens.k) + kv_head * tokens.k_stride_head + channel);
-      to = static_cast<T*>(const_cast<void*>(p.k)) + page * p.k_stride_page + offset * p.k_stride_token +
-           kv_head * p.k_stride_head + channel;
-    } else {
-      block = load_block(static_cast<const T*>(tokens.v) + kv_head * tokens.v_stride_head + channel);
-      to = static_cast<T*>(const_cast<void*>(p.v)) + page * p.v_stride_page + offset * p.v_stride_token +
-           kv_head * p.v_stride_head + channel;
-    }
+    const bool is_k = lane * kBlock < p.head_dim;
+    const auto* from = static_cast<const T*>(is_k ? tokens.k : tokens.v);
+    const int64_t stride = is_k ? tokens.k_stride_head : tokens.v_stride_head;
+    if (has(p, lane)) block = load_block(from + kv_head * stride + channel(p, lane));
+    slot = tokens.slots[0];
   }
   // To the cache, where the copy engine will find it.
-  __device__ __forceinline__ void store() const {
-    if (to == nullptr) return;
-    *reinterpret_cast<Block<T>*>(to) = block;
+  __device__ __forceinline__ void store(const AttendParams& p, int page_shift, int kv_head, int lane) const {
+    if (!has(p, lane)) return;
+    const int64_t page = slot >> page_shift, offset = slot & ((1 << page_shift) - 1);
+    const bool is_k = lane * kBlock < p.head_dim;
+    T* to = is_k ? static_cast<T*>(const_cast<void*>(p.k)) + page * p.k_stride_page + offset * p.k_stride_token +
+                       kv_head * p.k_stride_head
+                 : static_cast<T*>(const_cast<void*>(p.v)) + page * p.v_stride_page + offset * p.v_stride_token +
+                       kv_head * p.v_stride_head;
+    *reinterpret_cast<Block<T>*>(to + channel(p, lane)) = block;
     fence_proxy_async_global();
   }
 };
@@ -336,8 +389,8 @@ struct NewToken {
 
 template <typename Traits, typename Score>
 __global__ void __cluster_dims__(kClusterCtas, 1, 1) __launch_bounds__(kTopkThreads, 1)
-    attend_topk_kernel(const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map,
-                       const __grid_constant__ TopkParams params) {
+    attend_topk_kernel(const __grid_constant__ SummaryMaps summary_maps, const __grid_constant__ CUtensorMap k_map,
+                       const __grid_constant__ CUtensorMap v_map, const __grid_constant__ TopkParams params) {
   extern __shared__ __align__(1024) uint8_t storage[];
   auto& shared = *reinterpret_cast<TopkStorage<Traits>*>(storage);
   const SelectParams& select = params.select;
@@ -347,26 +400,32 @@ __global__ void __cluster_dims__(kClusterCtas, 1, 1) __launch_bounds__(kTopkThre
 
   if (!params.early) wait_for_primary();
   const int column = select.sparse.sink_pages + first_column(rank, warp, lane / score::kPages) + lane % score::kPages;
-  const int32_t ids = column < p.plan.max_pages ? p.plan.kv_indices[column] : 0;  // may be behind the last page
-  const int32_t first_page = select.plan.kv_indptr[0], end_page = select.plan.kv_indptr[1];
-  const int last_page_len = p.plan.last_page_len[0];
+  const int32_t ids =
+      column < p.plan.max_pages ? load_kept(p.plan.kv_indices + column) : 0;  // may be behind the last page
+  const int32_t first_page = load_kept(p.plan.kv_indptr), end_page = load_kept(p.plan.kv_indptr + 1);
+  const int last_page_len = load_kept(p.plan.last_page_len);
+  if (params.early) wait_for_primary();
+  QueryRows<Traits> queries;
+  if (warp == 0) queries.load(params, kv_head, lane);
   if (elected()) {
+    if (warp == 0) prefetch_tensor_map(&summary_maps.unit);
+    if (warp == 1) prefetch_tensor_map(&summary_maps.page);
+    if (warp == 2) prefetch_tensor_map(&k_map);
+    if (warp == 3) prefetch_tensor_map(&v_map);
     shared.init(warp);
-    if (warp == 0) {
-      prefetch_tensor_map(&k_map);
-      prefetch_tensor_map(&v_map);
-    }
     mbarrier_init_fence();
   }
   __syncwarp();
   cluster_arrive_relaxed();
 
   const Choice choice(select, first_page, end_page);
-  const score::Scorer<Score> scorer(select, score::Slots(select));
   const int32_t columns = choice.columns();
-  copy_summaries<Traits>(shared, scorer, ids, columns, kv_head, rank, warp, lane);
+  copy_summaries<Traits, Score>(shared, summary_maps, ids, columns, kv_head, rank, warp, lane);
+  if (warp == 0) queries.store(shared, params, lane);
+  NewToken<typename Traits::Element> token;
+  const bool has_token = params.tokens.k != nullptr && warp == kClusterWarps - 1;
+  if (has_token) token.load(p, params.tokens, kv_head, lane);
   // Meanwhile: which part of the list this CTA attends to, and of that all that needs no score.
-  shared.counts.clear();
   shared.few.clear();
   if (warp == 0 && columns > 0 && elected()) copy_table(shared, select, columns);
   const int num_pages = choice.needed() ? choice.budget : choice.pages;
@@ -379,20 +438,18 @@ __global__ void __cluster_dims__(kClusterCtas, 1, 1) __launch_bounds__(kTopkThre
     }
   }
 
-  if (params.early) wait_for_primary();
+  cluster_wait();  // for the barriers of the others
+  mbarrier_wait(&shared.asked, 0);
+  ShortTile<Traits, 1> state;
+  state.load_queries(shared.queries[0], min(lane % 8, params.group - 1) * shared.kQueryRow, lane);
+  score::Queries<Score> score_queries;
+  score_queries.load_rows(shared.queries[0], shared.kQueryRow, params.group, select.pages.summaries.kind);
+  const score::Scorer<Score> scorer(select, score::Slots(select));
+  score_columns<Traits>(shared, scorer, score_queries, columns, rank, warp, lane);
   // The CTA that attends to the step's own key stores it.
   const bool stores = params.tokens.k != nullptr && rank == own.last_cta();
-  NewToken<typename Traits::Element> token;
-  if (stores && warp == kClusterWarps - 1) token.load(p, params.tokens, kv_head, lane);
-  const auto* queries = static_cast<const typename Traits::Element*>(p.q) + kv_head * params.group * p.q_stride_head;
-  score::Queries<Score> score_queries;
-  score_queries.load(select, scorer.slots, score::Members{1, 0, 0}, kv_head, 0);
-  ShortTile<Traits, 1> state;
-  state.load_queries(queries, min(lane % 8, params.group - 1) * p.q_stride_head, lane);
-  cluster_wait();  // for the barriers of the others
-  score_columns<Traits>(shared, scorer, score_queries, columns, rank, warp, lane);
-  token.store();
-  __syncthreads();  // counts are clear, the token is stored
+  if (has_token && stores) token.store(p, params.page_shift, kv_head, lane);
+  __syncthreads();  // shared.few is clear, the token is stored
   if (columns > 0) {
     mbarrier_wait(&shared.all_scored, 0);
     for_each_best(shared, columns, choice.count(select), [&](int32_t i, int32_t column) {

@@ -25,6 +25,17 @@ __device__ __forceinline__ bool elected() {
   return is != 0;
 }
 
+constexpr uint64_t kEvictFirst = 0x12F0000000000000ull;  // L2 policies as createpolicy encodes them
+constexpr uint64_t kEvictNormal = 0x1000000000000000ull;
+constexpr uint64_t kEvictLast = 0x14F0000000000000ull;
+
+// A number that each layer reads: it stays in L2 while the weights of a layer pass through.
+__device__ __forceinline__ int32_t load_kept(const int32_t* from) {
+  int32_t x;
+  asm volatile("ld.global.L2::cache_hint.s32 %0, [%1], %2;" : "=r"(x) : "l"(from), "l"(kEvictLast) : "memory");
+  return x;
+}
+
 __device__ __forceinline__ void prefetch_l2(const void* line) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(line) : "memory");
 }

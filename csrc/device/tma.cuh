@@ -16,9 +16,7 @@
 
 namespace flashcore {
 
-constexpr int kSlab = 64;                                // elements of a 128-byte row
-constexpr uint64_t kEvictFirst = 0x12F0000000000000ull;  // L2 policies as createpolicy encodes them
-constexpr uint64_t kEvictNormal = 0x1000000000000000ull;
+constexpr int kSlab = 64;  // elements of a 128-byte row
 
 // --- Host: tensor maps -----------------------------------------------------------------------------------------------
 
@@ -93,6 +91,18 @@ inline cudaError_t make_query_map(CUtensorMap* map, const Queries& q, int box_to
                   {kSlab, static_cast<cuuint32_t>(q.group), static_cast<cuuint32_t>(box_tokens), 1, 1});
 }
 
+// The map for boxes of box_pages summaries of one KV head, each of a multiple of 128 bytes: slabs of 128 bytes, heads,
+// pages.
+inline cudaError_t make_summary_map(CUtensorMap* map, const void* base, int64_t summary_bytes, int num_heads,
+                                    int64_t num_pages, int box_pages) {
+  const int64_t slabs = summary_bytes / 128, page = num_heads * slabs * kSlab;
+  return make_map(map, base, DType::bf16,  // anything of 16 bits
+                  {kSlab, static_cast<cuuint64_t>(slabs), static_cast<cuuint64_t>(num_heads),
+                   static_cast<cuuint64_t>(num_pages), 1},
+                  {kSlab, slabs * kSlab, page, page},
+                  {kSlab, static_cast<cuuint32_t>(slabs), 1, static_cast<cuuint32_t>(box_pages), 1});
+}
+
 // --- Device ----------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap* map) {
@@ -116,13 +126,13 @@ __device__ __forceinline__ void tma_load_query(void* destination, const CUtensor
   tma_load_cache(destination, map, barrier, 0, token, slab, kv_head, l2_policy);
 }
 
-// Copies `bytes` (a multiple of 16, as both addresses are) that lie side by side; they complete on `barrier`.
-__device__ __forceinline__ void bulk_load(void* destination, const void* source, uint32_t bytes, Mbarrier* barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                   shared_address(destination)),
-               "l"(source), "r"(bytes), "r"(shared_address(barrier))
-               : "memory");
+// Loads the box of summaries at (element 0, slab 0, KV head, page).
+__device__ __forceinline__ void tma_load_summaries(void* destination, const CUtensorMap* map, Mbarrier* barrier,
+                                                   int kv_head, int page, uint64_t l2_policy) {
+  tma_load_cache(destination, map, barrier, 0, kv_head, page, 0, l2_policy);
 }
+
+// Copies `bytes` (a multiple of 16, as both addresses are) that lie side by side; they complete on `barrier`.
 __device__ __forceinline__ void bulk_load(void* destination, const void* source, uint32_t bytes, Mbarrier* barrier,
                                           uint64_t l2_policy) {
   asm volatile(

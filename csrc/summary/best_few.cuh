@@ -11,6 +11,7 @@
 #include <cuda_runtime.h>
 
 #include "arithmetic.h"
+#include "device/async_copy.cuh"
 #include "plan/cta.cuh"
 
 namespace flashcore {
@@ -44,10 +45,10 @@ __device__ __forceinline__ void count_above(int32_t& count, uint32_t a, uint32_t
   asm("{.reg .pred p; setp.gt.u32 p, %1, %2; @p add.s32 %0, %0, 1;}" : "+r"(count) : "r"(a), "r"(b));
 }
 
-// How many keys of `count` vectors, every other one from `from` on, are above `own`. Four vectors are asked for at a
-// time, so that up to three more are read, and what they bring is counted side by side.
+// How many keys of `count` vectors, every other one from `from` on, are above `own`. kAtOnce vectors are asked for at a
+// time, so that up to kAtOnce - 1 more are read, and what they bring is counted side by side.
+template <int32_t kAtOnce>
 __device__ __forceinline__ int32_t count_above(const uint4* from, int32_t count, uint32_t own) {
-  constexpr int32_t kAtOnce = 4;
   int32_t counts[4] = {};
 #pragma unroll 1
   for (int32_t i = 0; i < count; i += kAtOnce) {
@@ -63,6 +64,13 @@ __device__ __forceinline__ int32_t count_above(const uint4* from, int32_t count,
     }
   }
   return counts[0] + counts[1] + counts[2] + counts[3];
+}
+
+// *to = value where `is`, without a branch, for each of which ptxas would write three instructions more.
+__device__ __forceinline__ void store_where(bool is, void* to, uint32_t value) {
+  asm volatile("{.reg .pred p; setp.ne.u32 p, %0, 0; @p st.shared.u32 [%1], %2;}" ::"r"(static_cast<uint32_t>(is)),
+               "r"(shared_address(to)), "r"(value)
+               : "memory");
 }
 
 // Of both threads of a pair.
@@ -88,7 +96,7 @@ __device__ bool for_each_of_few(BestFew& shared, int32_t columns, int32_t wanted
   if (half == 0) shared.best[pair] = best;
   __syncthreads();
 
-  const int32_t better = pair_sum(count_above(every_other(shared.best), kGroups / 8, best));
+  const int32_t better = pair_sum(count_above<8>(every_other(shared.best), kGroups / 8, best));
   const uint32_t lowest = __reduce_min_sync(~0u, better < wanted ? best : ~0u);
   if (lane == 0) shared.lowest[threadIdx.x / kWarp] = lowest;
   __syncthreads();
@@ -97,22 +105,29 @@ __device__ bool for_each_of_few(BestFew& shared, int32_t columns, int32_t wanted
 #pragma unroll
   for (int32_t warp = 0; warp < BestFew::kThreads / kWarp; ++warp) floor = min(floor, shared.lowest[warp]);
   floor = max(floor, 1u);
-  uint32_t reaching = 0;  // bit i: column_of(i)
+  uint32_t lanes[BestFew::kHeld];  // of which key i reaches it
+  int32_t in_warp = 0;
 #pragma unroll
-  for (int32_t i = 0; i < BestFew::kHeld; ++i) reaching |= static_cast<uint32_t>(keys[i] >= floor) << i;
-  const int32_t through = warp_scan(__popc(reaching));
-  int32_t at = lane == kWarp - 1 ? atomicAdd(&shared.reaching, through) : 0;
-  at = __shfl_sync(~0u, at, kWarp - 1) + through - __popc(reaching);
-#pragma unroll 1
-  for (; reaching != 0 && at < BestFew::kMostCandidates; reaching &= reaching - 1, ++at) {
-    shared.columns[at] = column_of(__ffs(reaching) - 1);
-    shared.keys[at] = key(shared.columns[at]);
+  for (int32_t i = 0; i < BestFew::kHeld; ++i) {
+    lanes[i] = __ballot_sync(~0u, keys[i] >= floor);
+    in_warp += __popc(lanes[i]);
+  }
+  int32_t at = lane == 0 ? atomicAdd(&shared.reaching, in_warp) : 0;
+  at = __shfl_sync(~0u, at, 0);
+  const uint32_t below = (1u << lane) - 1;
+#pragma unroll
+  for (int32_t i = 0; i < BestFew::kHeld; ++i) {
+    const int32_t place = at + __popc(lanes[i] & below);
+    const bool fits = keys[i] >= floor && place < BestFew::kMostCandidates;
+    store_where(fits, &shared.columns[place], column_of(i));
+    store_where(fits, &shared.keys[place], keys[i]);
+    at += __popc(lanes[i]);
   }
   __syncthreads();
 
   const int32_t candidates = shared.reaching;
   if (candidates > BestFew::kMostCandidates) return false;
-  const int32_t above = pair_sum(count_above(every_other(shared.keys), ceil_div(candidates, 8), shared.keys[pair]));
+  const int32_t above = pair_sum(count_above<4>(every_other(shared.keys), ceil_div(candidates, 8), shared.keys[pair]));
   const bool chosen = above < wanted && pair < candidates && half == 0;
   const int32_t column = chosen ? shared.columns[pair] : 0;
   if (chosen) atomicOr(reinterpret_cast<uint32_t*>(shared.chosen) + column / 32, 1u << column % 32);

@@ -27,6 +27,7 @@ struct Traits {
   using T = T_;
   using S = S_;
   static constexpr int kChunks = kChunks_, kVectors = kVectors_;
+  static constexpr uint32_t kSummaryBytes = kVectors * kChunks * 32 * sizeof(S);
   using Stage = Block<S>[kVectors][kChunks][2][kWarp];
   static constexpr int kWarps = sizeof(Stage) > 8192 ? 2 : 4;
   static constexpr int kThreads = kWarps * kWarp;
@@ -81,14 +82,30 @@ struct Queries {
       const int32_t channel = (c * kLanes + lane % kLanes) * kBlock;
       blocks[c] = exists && channel < p.pages.head_dim ? load_block(q + c * kLanes * kBlock) : Block<T>{};
     }
-    if (p.pages.summaries.kind == SummaryKind::min_max) {
+    shape(blocks, p.pages.summaries.kind);
+  }
+
+  // Those of one request, from rows of all channels that lie `stride` apart.
+  __device__ void load_rows(const typename Traits::T* rows, int32_t stride, int32_t heads, SummaryKind kind) {
+    using T = typename Traits::T;
+    const int32_t lane = threadIdx.x % kWarp, head = lane / kLanes;
+    Block<T> blocks[Traits::kChunks];
+#pragma unroll
+    for (int c = 0; c < Traits::kChunks; ++c) {
+      const T* block = rows + head * stride + (c * kLanes + lane % kLanes) * kBlock;
+      blocks[c] = head < heads ? load_block(block) : Block<T>{};
+    }
+    shape(blocks, kind);
+  }
+
+ private:
+  __device__ void shape(const Block<typename Traits::T> (&blocks)[Traits::kChunks], SummaryKind kind) {
+    if (kind == SummaryKind::min_max) {
       shape<SummaryKind::min_max>(blocks);
     } else {
       shape<SummaryKind::mean_std>(blocks);  // of which kind mean has the first vector
     }
   }
-
- private:
   template <SummaryKind kKind>
   __device__ void shape(const Block<typename Traits::T> (&blocks)[Traits::kChunks]) {
 #pragma unroll
@@ -177,37 +194,40 @@ struct Scorer {
     }
   }
 
-  // This lane's part of the summaries of a unit, from shared memory, where there is one every row_bytes. All channels
-  // of all chunks exist.
+  // This lane's part of the summaries of a unit, from shared memory, where they lie side by side under the 128-byte
+  // swizzle. All channels of all chunks exist.
   using Part = Block<S>[kVectors][kChunks][2];
-  __device__ void load_part(const unsigned char* rows, uint32_t row_bytes, Part& part) const {
+  __device__ void load_part(const unsigned char* rows, Part& part) const {
+    constexpr uint32_t kBytes = Traits::kSummaryBytes;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const unsigned char* row = rows + (lane / kLanes + half * (kPages / 2)) * row_bytes;
-      const auto* blocks = reinterpret_cast<const Block<S>*>(row) + lane % kLanes;
+    for (int vector = 0; vector < kVectors; ++vector) {
 #pragma unroll
-      for (int vector = 0; vector < kVectors; ++vector) {
+      for (int c = 0; c < kChunks; ++c) {
+        const uint32_t at =
+            lane / kLanes * kBytes + ((vector * kChunks + c) * kLanes + lane % kLanes) * sizeof(Block<S>);
+        const unsigned char* block = rows + (at ^ (at / 128 % 8 * 16));
+        static_assert(kPages / 2 * kBytes % 1024 == 0);  // the other half is swizzled alike
 #pragma unroll
-        for (int c = 0; c < kChunks; ++c) part[vector][c][half] = blocks[(vector * kChunks + c) * kLanes];
+        for (int half = 0; half < 2; ++half) {
+          part[vector][c][half] = *reinterpret_cast<const Block<S>*>(block + half * (kPages / 2) * kBytes);
+        }
       }
     }
   }
 
-  // What each page of a unit gets from each slot of a product.
-  __device__ void multiply_part(const Part& part, const Queries<Traits>& queries, Sums& sums) const {
+  // The scores of pages l / 4 (x) and l / 4 + 8 (y) of a unit, for one request of at most kSlots query heads.
+  __device__ float2 score_part(const Part& part, const Queries<Traits>& queries) const {
+    Sums sums;
     multiply([&](int vector, int c, int half) { return part[vector][c][half]; }, queries, sums);
-  }
-
-  // The scores of pages l / 4 (x) and l / 4 + 8 (y) of some units, for one request of at most kSlots query heads.
-  template <int kUnits>
-  __device__ void finish_parts(Sums (&sums)[kUnits], float2 (&scores)[kUnits]) const {
     if (rule.reduction == GroupReduction::max) {
-      reduce_parts<GroupReduction::max>(sums, scores);
+      reduce<GroupReduction::max>(lane % kLanes * 2, sums);
     } else if (rule.reduction == GroupReduction::mean) {
-      reduce_parts<GroupReduction::mean>(sums, scores);
+      reduce<GroupReduction::mean>(lane % kLanes * 2, sums);
     } else {
-      reduce_parts<GroupReduction::logsumexp>(sums, scores);
+      reduce<GroupReduction::logsumexp>(lane % kLanes * 2, sums);
     }
+    const int32_t first = lane / kLanes * kLanes;  // which has the request's first slot
+    return {__shfl_sync(~0u, sums[0], first), __shfl_sync(~0u, sums[2], first)};
   }
 
  private:
@@ -254,16 +274,6 @@ struct Scorer {
       if (slots.heads() > 2) score = rule.combine<kReduction>(score, __shfl_xor_sync(~0u, score, 1));
       if (slots.heads() > 4) score = rule.combine<kReduction>(score, __shfl_xor_sync(~0u, score, 2));
       sums[2 * half] = score;
-    }
-  }
-
-  template <GroupReduction kReduction, int kUnits>
-  __device__ void reduce_parts(Sums (&sums)[kUnits], float2 (&scores)[kUnits]) const {
-    const int32_t first = lane / kLanes * kLanes;  // which has the request's first slot
-#pragma unroll
-    for (int i = 0; i < kUnits; ++i) {
-      reduce<kReduction>(lane % kLanes * 2, sums[i]);
-      scores[i] = {__shfl_sync(~0u, sums[i][0], first), __shfl_sync(~0u, sums[i][2], first)};
     }
   }
 

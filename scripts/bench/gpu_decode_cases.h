@@ -31,6 +31,7 @@ struct Case {
   int split_keys = 0;
   bool interleaved = false;  // K and V of a page side by side: [pages, 2, page_size, heads, head_dim]
   bool share = true;
+  int run = 1;                        // pages that follow each other in the pool; the runs are permuted at random
   flashcore::SparseRows sparse = {};  // with lists: policy topk
 };
 

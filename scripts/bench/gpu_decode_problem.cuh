@@ -156,7 +156,7 @@ inline void build(Problem& problem, const Case& c, const Options& options, bool 
     kv_indptr.push_back(kv_indptr.back() + pages);
     last_page_len.push_back(pages ? c.kv_lens[r] - (pages - 1) * c.page_size : 0);
   }
-  // Pages: shared levels first, then private ones; ids permuted at random.
+  // Pages: shared levels first, then private ones; runs of ids permuted at random.
   int num_pages = 0;
   kv_indices.assign(kv_indptr.back(), -1);
   int first_column = 0;
@@ -174,10 +174,11 @@ inline void build(Problem& problem, const Case& c, const Options& options, bool 
     if (page < 0) page = num_pages++;
   }
   const int entries = kv_indices.size();
-  std::vector<int> permutation(num_pages);
+  num_pages = (num_pages + c.run - 1) / c.run * c.run;
+  std::vector<int> permutation(num_pages / c.run);
   std::iota(permutation.begin(), permutation.end(), 0);
   std::shuffle(permutation.begin(), permutation.end(), std::mt19937(7));
-  for (int& page : kv_indices) page = permutation[page];
+  for (int& page : kv_indices) page = permutation[page / c.run] * c.run + page % c.run;
   kv_indices.resize(entries + batch * c.num_kv_heads * c.sparse.list_pages);
 
   // The plan, on the host.

@@ -36,6 +36,7 @@ struct Topk {
   GroupReduction reduction = GroupReduction::max;
   int page_size = 64;
   int sinks = 1, recent = 2;
+  int run = 1;       // pages that follow each other
   int constant = 0;  // 1: all summaries are the same, so that ties decide
 };
 
@@ -53,7 +54,8 @@ struct Run {
            .num_kv_heads = 8,
            .head_dim = t.head_dim,
            .page_size = t.page_size,
-           .dtype = t.dtype};
+           .dtype = t.dtype,
+           .run = t.run};
     c.sparse = {.sink_pages = t.sinks, .recent_pages = t.recent, .budget_pages = t.budget, .list_pages = t.budget};
     build(problem, c, Options{}, false);
     AttendParams& p = problem.params;
@@ -70,8 +72,8 @@ struct Run {
     s.pages.k_stride_token = p.k_stride_token;
     s.pages.k_stride_head = p.k_stride_head;
     s.pages.batch = 1;
-    s.pages.max_columns = std::min(2049, std::max(1, p.num_pages));
-    if (p.num_pages > 2049) s.pages.max_columns = p.num_pages;
+    const int pages = std::max(1, (t.kv_len + t.page_size - 1) / t.page_size);
+    s.pages.max_columns = pages;
     s.pages.num_kv_heads = 8;
     s.pages.head_dim = t.head_dim;
     s.pages.page_size = t.page_size;
@@ -84,7 +86,7 @@ struct Run {
     const int64_t channels = int64_t{8} * t.head_dim;
     uint16_t* fresh = problem.own(device_alloc<uint16_t>(2 * channels));
     fill_random<<<1, 256>>>((__half*)fresh, 2 * channels, 3);
-    std::vector<int32_t> table(p.num_pages);
+    std::vector<int32_t> table(pages);
     CUDA_CHECK(cudaMemcpy(table.data(), p.plan.kv_indices, table.size() * 4, cudaMemcpyDeviceToHost));
     const int64_t slot = int64_t{table.back()} * t.page_size + (t.kv_len - 1) % t.page_size;
     store.tokens = {.k = fresh,
@@ -168,6 +170,9 @@ std::vector<Topk> topk_cases() {
   for (int len : {131072, 131071, 130000, 32768, 70001, 4097, 4160, 4161, 4096, 4095, 1000, 64, 1, 65600, 65700}) {
     cases.push_back({.name = "1 x " + std::to_string(len), .kv_len = len, .budget = 64});
   }
+  for (int run : {2, 40, 100, 4096}) {
+    cases.push_back({.name = "runs of " + std::to_string(run), .kv_len = 131000, .budget = 64, .run = run});
+  }
   for (int group : {1, 2, 3, 5, 7, 8}) {
     cases.push_back({.name = "group " + std::to_string(group), .kv_len = 50000, .budget = 64, .group = group});
   }
@@ -179,6 +184,7 @@ std::vector<Topk> topk_cases() {
       for (bool fp8 : {false, true}) {
         for (int dim : {64, 128}) {
           for (auto dtype : {DType::bf16, DType::fp16}) {
+            if (kind == SummaryKind::mean && fp8 && dim == 64) continue;  // 64 bytes: not served
             cases.push_back({.name = "kind " + std::to_string(int(kind)) + " reduction " +
                                      std::to_string(int(reduction)) + (fp8 ? " fp8" : "") + " d" + std::to_string(dim) +
                                      (dtype == DType::fp16 ? " fp16" : ""),
@@ -212,7 +218,9 @@ __global__ void rotary(uint16_t* q, int count) {
 
 void time(const L2Flush& flush) {
   for (const Topk& t : {Topk{.name = "1 x 128K, 4096", .kv_len = 131000, .budget = 64},
+                        {.name = "1 x 128K, 4096, in a row", .kv_len = 131000, .budget = 64, .run = 4096},
                         {.name = "1 x 128K, 4096 (fp8)", .kv_len = 131000, .budget = 64, .fp8 = true},
+                        {.name = "1 x 32K, 2048, in a row", .kv_len = 32700, .budget = 32, .run = 4096},
                         {.name = "1 x 32K, 2048", .kv_len = 32700, .budget = 32},
                         {.name = "1 x 128K, 30 %", .kv_len = 131000, .budget = 614},
                         {.name = "1 x 4000, below the budget", .kv_len = 4000, .budget = 64},
