@@ -41,10 +41,18 @@ class Case:
     split_keys: int = 0
     alike: int = 1  # pages in a row that score alike
     budget: int = BUDGET
+    run: int = 1  # pages that follow each other in the pool
 
     @property
     def pages(self) -> list[int]:
         return [-(-keys // self.page_size) for keys in self.kv_lens]
+
+    def table(self) -> torch.Tensor:
+        """Page ids of all requests: runs in random order."""
+        total = sum(self.pages)
+        runs = torch.randperm(-(-total // self.run))
+        ids = (runs[:, None] * self.run + torch.arange(self.run)).flatten()
+        return ids[ids < total].int()
 
 
 CASES = {
@@ -75,6 +83,11 @@ CASES = {
     "deterministic": Case((5000,), split_keys=256),
     "all pages alike": Case((9000,), alike=1000),
     "pairs of pages alike": Case((9000,), alike=2),
+    "pages in a row": Case((9000,), run=1000),
+    "some pages in a row": Case((20000,), run=40),
+    "fp8 summaries of pages in a row": Case((20000,), run=1000, fp8=True),
+    "summaries of 128 bytes": Case((20000,), head_dim=64, kind=SummaryKind.MEAN, run=40),
+    "summaries of 64 bytes": Case((5000,), head_dim=64, kind=SummaryKind.MEAN, fp8=True),
     "a large budget": Case((16000,), budget=120),
     "two requests": Case((9000, 100)),
     "nine requests": Case((9000, 100, 3000, 64, 1, 800, 769, 6400, 5)),
@@ -124,7 +137,7 @@ class Layer:
         self.planner: Planner = make_planner(options, capacity, device, self.summaries)
         self.kernel = Kernel(choice, capacity, case.head_dim, device)
         indptr = torch.tensor([0, *case.pages]).cumsum(0).int()
-        table = torch.randperm(total).int()
+        table = case.table()
         last = torch.tensor(
             [keys - max(n - 1, 0) * case.page_size for keys, n in zip(case.kv_lens, case.pages, strict=True)]
         ).int()

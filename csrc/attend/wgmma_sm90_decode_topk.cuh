@@ -70,7 +70,7 @@ struct TopkStorage {
     for (int i = 0; i < Traits::kStages; ++i) mbarrier_init(&pieces[warp][i], 1);
     if (warp == 0) {
       pushed.init();
-      mbarrier_init(&asked, 1);
+      mbarrier_init(&asked, 32);
       mbarrier_init(&all_scored, 1);
     }
   }
@@ -158,8 +158,7 @@ class QueryRows {
       if (head(i, lane) >= params.group) break;
       *reinterpret_cast<Block<Element>*>(&shared.queries[head(i, lane)][channel(lane)]) = blocks_[i];
     }
-    __syncwarp();
-    if (elected()) mbarrier_arrive(&shared.asked);
+    mbarrier_arrive(&shared.asked);
   }
 
  private:

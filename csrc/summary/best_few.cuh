@@ -29,7 +29,7 @@ struct BestFew {
   alignas(16) uint32_t keys[kMostCandidates];  // 0 behind the last one
   int32_t columns[kMostCandidates];
   uint64_t chosen[kWarp];  // a bit a column
-  uint32_t lowest[kThreads / kWarp];
+  alignas(16) uint32_t lowest[kThreads / kWarp];
   int32_t reaching;  // columns that reach it
 
   // Ahead of a choice.
