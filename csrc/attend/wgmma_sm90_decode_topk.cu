@@ -14,16 +14,26 @@ template <typename T, typename S, int kHeadDim, int kVectors>
 struct Launcher {
   using Traits = FewTraits<T, kHeadDim, kClusterWarps>;
   using Score = score::Traits<T, S, kHeadDim / 32, kVectors>;
-  static constexpr auto kKernel = attend_topk_kernel<Traits, Score>;
   static constexpr int kShared = sizeof(TopkStorage<Traits>);
+  static constexpr bool kServed = Score::kSummaryBytes % 128 == 0;  // rows of the copy engine
   static_assert(kShared <= 227 * 1024);
 
   static bool fits() {
-    static const int most = most_clusters(kKernel, kTopkThreads, kShared);
-    return most >= kClusterHeads;
+    if constexpr (kServed) {
+      static const int most = most_clusters(attend_topk_kernel<Traits, Score>, kTopkThreads, kShared);
+      return most >= kClusterHeads;
+    }
+    return false;
   }
   static cudaError_t run(const TopkParams& params) {
-    if (!fits()) return cudaErrorInvalidValue;
+    if constexpr (kServed) {
+      if (fits()) return launch(params);
+    }
+    return cudaErrorInvalidValue;
+  }
+
+ private:
+  static cudaError_t launch(const TopkParams& params) {
     const AttendParams& p = params.attend;
     CUtensorMap k_map, v_map;
     const cudaError_t error = make_cache_maps(&k_map, &v_map, p, kWarpKeys, kHeadDim / kSlab);
@@ -35,8 +45,8 @@ struct Launcher {
           make_summary_map(map, of.summaries.data, Score::kSummaryBytes, of.num_kv_heads, of.num_pages, pages);
       if (failed != cudaSuccess) return failed;
     }
-    return launch_dependent_shared(kKernel, kClusterHeads * kClusterCtas, kTopkThreads, kShared,
-                                   static_cast<cudaStream_t>(p.stream), summaries, k_map, v_map, params);
+    return launch_dependent_shared(attend_topk_kernel<Traits, Score>, kClusterHeads * kClusterCtas, kTopkThreads,
+                                   kShared, static_cast<cudaStream_t>(p.stream), summaries, k_map, v_map, params);
   }
 };
 
@@ -44,11 +54,7 @@ struct Launcher {
 template <typename F>
 auto dispatch(const SelectParams& p, const F& f) {
   const auto by_vectors = [&]<typename T, typename S, int kHeadDim>() {
-    if constexpr (kHeadDim * sizeof(S) < 128) {  // of which two are a row of the copy engine
-      return f(Launcher<T, S, kHeadDim, 2>{});
-    } else {
-      return p.pages.summaries.vectors() == 2 ? f(Launcher<T, S, kHeadDim, 2>{}) : f(Launcher<T, S, kHeadDim, 1>{});
-    }
+    return p.pages.summaries.vectors() == 2 ? f(Launcher<T, S, kHeadDim, 2>{}) : f(Launcher<T, S, kHeadDim, 1>{});
   };
   const auto by_head_dim = [&]<typename T, typename S>() {
     return p.pages.head_dim == 64 ? by_vectors.template operator()<T, S, 64>()
@@ -66,15 +72,6 @@ auto dispatch(const SelectParams& p, const F& f) {
 
 namespace flashcore {
 
-namespace {
-
-int64_t summary_bytes(const SelectParams& p) {
-  const PageSummaries& summaries = p.pages.summaries;
-  return int64_t{summaries.vectors()} * p.pages.head_dim * (summaries.fp8 ? 1 : 2);
-}
-
-}  // namespace
-
 bool wgmma_sm90_decode_selects(const SelectAttendParams& params) {
   using namespace decode90;
   const AttendParams& p = params.attend;
@@ -83,8 +80,7 @@ bool wgmma_sm90_decode_selects(const SelectAttendParams& params) {
          p.num_qo_heads <= kClusterHeads * score::kSlots && !has_top_p(select) &&
          reinterpret_cast<uintptr_t>(select.plan.kv_indices) % 16 == 0 &&
          select.pages.max_columns - select.sparse.sink_pages - select.sparse.recent_pages <= kMostScored &&
-         select.sparse.list_pages <= kMostScored && summary_bytes(select) % 128 == 0 &&
-         dispatch(select, [](auto launcher) { return launcher.fits(); });
+         select.sparse.list_pages <= kMostScored && dispatch(select, [](auto launcher) { return launcher.fits(); });
 }
 
 int run_select_attend_wgmma_sm90_decode(const SelectAttendParams& params) {

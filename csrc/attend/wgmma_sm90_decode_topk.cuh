@@ -219,7 +219,7 @@ __global__ void __cluster_dims__(kClusterCtas, 1, 1) __launch_bounds__(kTopkThre
   }
 
   cluster_wait();  // for the barriers of the others
-  mbarrier_wait(&shared.asked, 0);
+  mbarrier_wait(&shared.queries_there, 0);
   ShortTile<Traits, 1> state;
   state.load_queries(shared.queries[0], min(lane % 8, params.group - 1) * shared.kQueryRow, lane);
   score::Queries<Score> score_queries;

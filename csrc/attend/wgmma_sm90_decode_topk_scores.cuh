@@ -92,7 +92,7 @@ class QueryRows {
       if (head(i, lane) >= params.group) break;
       *reinterpret_cast<Block<Element>*>(&shared.queries[head(i, lane)][channel(lane)]) = blocks_[i];
     }
-    mbarrier_arrive(&shared.asked);
+    mbarrier_arrive(&shared.queries_there);
   }
 
  private:

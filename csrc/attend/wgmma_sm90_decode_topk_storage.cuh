@@ -35,7 +35,7 @@ struct TopkStorage {
   // Of the KV head, a row a query head; what lanes read at a time is in different banks.
   static constexpr int kQueryRow = Traits::kHeadDim + kBlock;
   alignas(16) typename Traits::Element queries[score::kSlots][kQueryRow];
-  Mbarrier asked;       // the queries are there
+  Mbarrier queries_there;
   Mbarrier all_scored;  // and the table is there
   Mbarrier summaries[kClusterWarps][kTopkRounds];
   Mbarrier pieces[kClusterWarps][Traits::kStages];
@@ -46,7 +46,7 @@ struct TopkStorage {
     for (int i = 0; i < Traits::kStages; ++i) mbarrier_init(&pieces[warp][i], 1);
     if (warp == 0) {
       pushed.init();
-      mbarrier_init(&asked, 32);
+      mbarrier_init(&queries_there, 32);
       mbarrier_init(&all_scored, 1);
     }
   }
