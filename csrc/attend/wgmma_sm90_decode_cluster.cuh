@@ -50,7 +50,7 @@ __global__ void __cluster_dims__(kClusterCtas, 1, 1) __launch_bounds__(kClusterT
     mbarrier_init_fence();
   }
   cluster_arrive_relaxed();
-  const bool keeps = p.plan.counts[kRowsPacked] > 0;  // tokens are in several rows
+  const bool keeps = load_kept(p.plan.counts + kRowsPacked) > 0;  // tokens are in several rows
   HeadRows rows(params, kv_head, rank, lane);
   item.load_entries(p.plan, lane);
   if (params.serves == Serves::not_sharing) {

@@ -22,8 +22,8 @@ __device__ __forceinline__ int share_of_cta(int length) { return max(ceil_div(le
 class HeadRows {
  public:
   __device__ __forceinline__ HeadRows(const FewParams& params, int head, int rank, int lane)
-      : plan_(params.attend.plan), head_(head), row_(lane < plan_.max_rows ? plan_.rows[lane] : Row{}) {
-    const int num_rows = plan_.counts[kNumRows];
+      : plan_(params.attend.plan), head_(head), row_(lane < plan_.max_rows ? load_kept(plan_.rows + lane) : Row{}) {
+    const int num_rows = load_kept(plan_.counts + kNumRows);
     const bool exists = lane < num_rows;
     pieces_ = exists ? max(1, ceil_div(row_.kv_len, kWarpKeys)) : 0;
     const int queries = exists ? row_.q_count * params.group : 0;
@@ -114,8 +114,8 @@ struct MergeItem {
       : token(n / params.by_group), head_in_group(n % params.by_group) {
     if (token >= params.attend.num_tokens) return;
     const int32_t* indptr = params.attend.plan.merge_indptr + token;
-    begin = indptr[0];
-    rows = indptr[1] - begin;
+    begin = load_kept(indptr);
+    rows = load_kept(indptr + 1) - begin;
   }
   __device__ __forceinline__ void load_entries(const Plan& plan, int lane) {
     if (lane < rows) entry = reinterpret_cast<const int2*>(plan.merge_rows)[begin + lane];

@@ -187,8 +187,8 @@ __device__ __forceinline__ void attend_few(PieceRings<Traits>& rings, const FewP
   // The queries are on their way before the first keys are: behind these they would wait for them all.
   ShortTile<Traits, kN> state;
   const PackedQuery query = packed_query(params, tile, min(first_query + lane % kShortQueries, queries - 1));
-  int position = p.plan.positions[query.token];
-  state.load_queries(static_cast<const typename Traits::Element*>(p.q), query.offset, lane);
+  int position = load_kept(p.plan.positions + query.token);
+  state.ask_for_queries(static_cast<const typename Traits::Element*>(p.q), query.offset, lane);
   int32_t out_row = 0;               // lane m: of query m of the team
   int free_begin = 0, free_end = 0;  // keys in here are visible to every query of the team
   bool known = false;
@@ -200,6 +200,7 @@ __device__ __forceinline__ void attend_few(PieceRings<Traits>& rings, const FewP
     if (!known) {
       known = true;
       asm volatile("" : "+r"(position));  // looked at no sooner: the first keys are asked for meanwhile
+      state.place_queries(lane);
       state.clear();
       out_row = query.out_row;
       const int last = position - tile.kv_pos;  // the last key of the row that a causal query sees

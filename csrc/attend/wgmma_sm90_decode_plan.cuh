@@ -14,10 +14,10 @@ struct FirstRange {
   int pages_read, rows_packed, num_tiles;
 
   __device__ __forceinline__ explicit FirstRange(const Plan& plan)
-      : tiles{plan.cta_indptr[blockIdx.x], plan.cta_indptr[blockIdx.x + 1]},
-        pages_read(plan.counts[kPagesRead]),
-        rows_packed(plan.counts[kRowsPacked]),
-        num_tiles(plan.counts[kNumTiles]) {}
+      : tiles{load_kept(plan.cta_indptr + blockIdx.x), load_kept(plan.cta_indptr + blockIdx.x + 1)},
+        pages_read(load_kept(plan.counts + kPagesRead)),
+        rows_packed(load_kept(plan.counts + kRowsPacked)),
+        num_tiles(load_kept(plan.counts + kNumTiles)) {}
 };
 
 // Page columns [0, columns) of the tiles of a CTA, 32 at a time: lane l holds column first + l of the current window.
@@ -27,7 +27,7 @@ struct PageWindow {
 
   __device__ __forceinline__ int32_t load(int lane) const {
     const int column = first + lane;
-    return column < columns ? __ldcg(pages + column) : 0;  // not by way of L1: select may write them meanwhile
+    return column < columns ? load_kept_coherent(pages + column) : 0;  // select may have written them meanwhile
   }
 
   // The first columns of keys [kv_begin, kv_end) of a row whose pages stand from `begin` on. Of a list that select
@@ -51,7 +51,7 @@ struct TileWindow {
 
   __device__ __forceinline__ void load(int first, int lane) {
     base = first;
-    lanes_tile = first + lane < plan.max_tiles ? plan.tiles[first + lane] : Tile{};
+    lanes_tile = first + lane < plan.max_tiles ? load_kept(plan.tiles + first + lane) : Tile{};
   }
   // Tile i of the plan, from the window if it is there; all lanes together.
   __device__ __forceinline__ Tile tile(int i) const {

@@ -14,6 +14,20 @@
 
 namespace flashcore::decode90 {
 
+// Four words of each of four neighbouring lanes, transposed: lane l gets word l % 4 of theirs and its own, in their
+// order.
+__device__ __forceinline__ void transpose_words(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d, int lane) {
+  const bool high = lane & 2, odd = lane & 1;
+  const uint32_t x = __shfl_xor_sync(~0u, high ? a : c, 2), y = __shfl_xor_sync(~0u, high ? b : d, 2);
+  const uint32_t even_0 = high ? x : a, odd_0 = high ? y : b;  // of the even and of the odd lane's words, half of the
+  const uint32_t even_2 = high ? c : x, odd_2 = high ? d : y;  // lanes' in each
+  const uint32_t z = __shfl_xor_sync(~0u, odd ? even_0 : odd_0, 1), w = __shfl_xor_sync(~0u, odd ? even_2 : odd_2, 1);
+  a = odd ? z : even_0;
+  b = odd ? odd_0 : z;
+  c = odd ? w : even_2;
+  d = odd ? odd_2 : w;
+}
+
 // kN blocks of 8 queries. Lane l holds, with quad = l / 4 and pair = l % 4, channels or keys quad and quad + 8 of a
 // fragment, of queries 8 n + 2 pair and 8 n + 2 pair + 1.
 template <typename Traits, int kN>
@@ -27,7 +41,7 @@ struct ShortTile {
   float o[kN][kSteps][4];
   float maximum[kN][2], sum[kN][2];
 
-  // Straight to registers; lane m holds the offset of query m.
+  // From shared memory, in rows of which four lanes' words are in different banks; lane m holds the offset of query m.
   __device__ __forceinline__ void load_queries(const Element* queries, int64_t offset, int lane) {
 #pragma unroll
     for (int n = 0; n < kN; ++n) {
@@ -37,6 +51,33 @@ struct ShortTile {
       for (int step = 0; step < kSteps; ++step) {
         q[n][step][0] = row[8 * step];
         q[n][step][1] = row[8 * step + 4];
+      }
+    }
+  }
+
+  // From memory, for place_queries: lane l gets blocks of 8 channels 4 i + l % 4 of its queries. Its words of the
+  // fragments are not side by side, and the first keys would wait behind four times as many loads.
+  __device__ __forceinline__ void ask_for_queries(const Element* queries, int64_t offset, int lane) {
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+      const int64_t from = __shfl_sync(~0u, offset, 8 * n + lane / 4);
+      const auto* row = reinterpret_cast<const uint4*>(queries + from) + lane % 4;
+#pragma unroll
+      for (int step = 0; step < kSteps; step += 2) {
+        const uint4 block = row[2 * step];
+        q[n][step][0] = block.x;
+        q[n][step][1] = block.y;
+        q[n][step + 1][0] = block.z;
+        q[n][step + 1][1] = block.w;
+      }
+    }
+  }
+  __device__ __forceinline__ void place_queries(int lane) {
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+#pragma unroll
+      for (int step = 0; step < kSteps; step += 2) {
+        transpose_words(q[n][step][0], q[n][step][1], q[n][step + 1][0], q[n][step + 1][1], lane);
       }
     }
   }

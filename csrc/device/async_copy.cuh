@@ -29,10 +29,35 @@ constexpr uint64_t kEvictFirst = 0x12F0000000000000ull;  // L2 policies as creat
 constexpr uint64_t kEvictNormal = 0x1000000000000000ull;
 constexpr uint64_t kEvictLast = 0x14F0000000000000ull;
 
-// A number that each layer reads: it stays in L2 while the weights of a layer pass through.
-__device__ __forceinline__ int32_t load_kept(const int32_t* from) {
+// What each layer reads of the plan stays in L2 while the weights of a layer pass through: a number, or a struct of
+// whole 16 bytes.
+template <typename T>
+__device__ __forceinline__ T load_kept(const T* from) {
+  T x;
+  if constexpr (sizeof(T) == sizeof(int32_t)) {
+    asm volatile("ld.global.L2::cache_hint.s32 %0, [%1], %2;" : "=r"(x) : "l"(from), "l"(kEvictLast) : "memory");
+  } else {
+    static_assert(sizeof(T) % sizeof(int4) == 0 && alignof(T) == alignof(int4));
+    const auto* words = reinterpret_cast<const int4*>(from);
+    auto* to = reinterpret_cast<int4*>(&x);
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof(T) / sizeof(int4)); ++i) {
+      asm volatile("ld.global.L2::cache_hint.v4.s32 {%0, %1, %2, %3}, [%4], %5;"
+                   : "=r"(to[i].x), "=r"(to[i].y), "=r"(to[i].z), "=r"(to[i].w)
+                   : "l"(words + i), "l"(kEvictLast)
+                   : "memory");
+    }
+  }
+  return x;
+}
+
+// As load_kept, past L1: another kernel may have written the number while this one ran.
+__device__ __forceinline__ int32_t load_kept_coherent(const int32_t* from) {
   int32_t x;
-  asm volatile("ld.global.L2::cache_hint.s32 %0, [%1], %2;" : "=r"(x) : "l"(from), "l"(kEvictLast) : "memory");
+  asm volatile("ld.relaxed.gpu.global.L2::cache_hint.s32 %0, [%1], %2;"
+               : "=r"(x)
+               : "l"(from), "l"(kEvictLast)
+               : "memory");
   return x;
 }
 
