@@ -231,6 +231,20 @@ def test_a_cached_workload_prefills_before_it_measures(tmp_path: Path, servers: 
     assert measured[-2:] == ("--warmup-requests", "0")
 
 
+def test_sparse_goes_on_to_servers_of_a_model(
+    tmp_path: Path, servers: FakeServers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sparse, "SPARSE_CASES", [])  # kernels need a GPU
+    path = tmp_path / "r.json"
+    flags = ["--peers", "fa3", "--json", str(path), "--logs", str(tmp_path / "logs")]
+    assert bench.main(["sparse", *flags]) == 0
+    assert not servers.up, "no model, no server"
+    assert bench.main(["sparse", *flags, "--model", "m"]) == 0
+    assert servers.up == ["fa3", "flashcore_sparse:topk-128k"]
+    measured = {(row.case, row.backend) for row in results.load(path) if row.metric == "tpot_ms"}
+    assert measured == {(f"e2e/{load}", of) for load in ("L1", "L6") for of in ("fa3", "flashcore:topk-128k")}
+
+
 def test_a_workload_larger_than_the_server_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--max-running 1024"):
         e2e.run(results.Results(), "m", ["fa3"], ["W1x2"], 512, tmp_path, [])
@@ -428,6 +442,7 @@ def test_sparse_picture_is_budget_against_time_and_accuracy(tmp_path: Path, figu
         made.add(f"eval/worst/ctx131072/budget{budget}", "flashcore:topk", "accuracy", 0.0)  # not counted twice
     made.add("sparse/b8/ctx131072/budget30%/h32kv8d128/p64", "flashcore", "time_us", 100.0)
     made.add("eval/needle/ctx131072/budget1024", "flashcore:exact", "accuracy", 0.95)
+    made.add("e2e/L1", "fa3", "tpot_ms", 8.0)  # of a server: in no picture
     made.save(tmp_path / "r.json")
     assert bench.main(["plot", str(tmp_path / "r.json"), "-o", str(tmp_path / "p.png")]) == 0
     time, quality = figures[0].axes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -56,6 +57,11 @@ def _parser() -> argparse.ArgumentParser:
     sparse = commands.add_parser("sparse", help="page selection and attention over the choice (needs a GPU)")
     _add_peers(sparse, ["fa3", "flashinfer"])
     sparse.add_argument("--repeats", type=int, default=20, help="timed runs of a cell")
+    sparse.add_argument(
+        "--model",
+        help="as of e2e: then its servers, too, decode one and six requests of 129,000 tokens under topk-128k",
+    )
+    _add_servers(sparse)
     _add_file(sparse)
 
     server = commands.add_parser("e2e", help="a real SGLang server under load (needs a GPU)")
@@ -69,10 +75,8 @@ def _parser() -> argparse.ArgumentParser:
     server.add_argument(
         "--workloads", nargs="+", choices=WORKLOADS, default=["W1", "W2", "W3", "W4"], help="see bench/e2e.py"
     )
-    server.add_argument("--port", type=int, default=30000, help="of the server")
     server.add_argument("--max-running", type=int, default=512, help="concurrent requests of the server")
-    server.add_argument("--limit-s", type=float, default=300, help="seconds after which a workload counts as hung")
-    server.add_argument("--logs", type=Path, default=Path("bench_logs"), help="folder for server and client logs")
+    _add_servers(server)
     _add_file(server)
     server.add_argument("server_flags", nargs="*", help="after --: further flags of the server")
 
@@ -86,6 +90,12 @@ def _add_peers(command: argparse.ArgumentParser, known: list[str]) -> None:
     which = command.add_mutually_exclusive_group()
     which.add_argument("--peers", nargs="+", choices=known, default=known, help="what to measure beside ours")
     which.add_argument("--no-peers", dest="peers", action="store_const", const=[], help="none of them")
+
+
+def _add_servers(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--port", type=int, default=30000, help="of the server")
+    command.add_argument("--limit-s", type=float, default=300, help="seconds after which a workload counts as hung")
+    command.add_argument("--logs", type=Path, default=Path("bench_logs"), help="folder for server and client logs")
 
 
 def _add_file(command: argparse.ArgumentParser) -> None:
@@ -113,6 +123,11 @@ def _measure(args: argparse.Namespace) -> int:
     measured = results.Results(path=args.json, method={} if args.what == "e2e" else method.words)
     if args.resume:
         measured.resume()
+
+    def serve(backends: list[str], workloads: Sequence[str], max_running: int, flags: list[str]) -> list[str]:
+        where = args.logs, flags, args.limit_s, args.port
+        return e2e.run(measured, args.model, backends, list(workloads), max_running, *where)
+
     failures: list[str] = []
     try:
         if args.what == "decode":
@@ -123,23 +138,14 @@ def _measure(args: argparse.Namespace) -> int:
             failures = prefill.run(measured, shapes, args.variants, args.peers, args.repeats, method)
         elif args.what == "sparse":
             failures = sparse.run(measured, sparse.SPARSE_CASES, args.peers, args.repeats)
+            if args.model:
+                failures += serve([*args.peers, sparse.SERVED], sparse.WORKLOADS, sparse.MAX_RUNNING, [])
         else:
-            failures = e2e.run(
-                measured,
-                args.model,
-                args.backends,
-                args.workloads,
-                args.max_running,
-                args.logs,
-                args.server_flags,
-                args.limit_s,
-                args.port,
-            )
+            failures = serve(args.backends, args.workloads, args.max_running, args.server_flags)
     finally:  # what was measured before an error or an interrupt counts, too
         measured.flush()
-    for metric in {"decode": ["time_us"], "sparse": ["time_us"], "prefill": ["tflops"]}.get(
-        args.what, list(e2e.METRICS)
-    ):
+    shown = {"decode": ["time_us"], "sparse": ["time_us", "tpot_ms", "step_ms"], "prefill": ["tflops"]}
+    for metric in shown.get(args.what, list(e2e.METRICS)):
         results.show(measured.rows, metric)
     for failure in failures:
         print(f"failed: {failure}", file=sys.stderr)

@@ -84,7 +84,7 @@ def _drawer(rows: list[Row]) -> Callable[[list[Row], NewFigure], Any]:
         return _decode
     if kinds == {"prefill"}:
         return _prefill
-    if kinds and kinds <= {"sparse", "eval"}:
+    if kinds - {"e2e"} and kinds <= {"sparse", "eval", "e2e"}:  # servers, of which there is no picture
         return _sparse
     got = ", ".join(sorted(kinds)) or "none"
     raise ValueError(f"expected rows of decode, of prefill, or of sparse and eval, got those of {got}")

@@ -198,11 +198,13 @@ def _beside_fa3(rows: Iterable[Row], metric: str, ours: str) -> list[tuple[float
 
 
 def show(rows: Iterable[Row], metric: str) -> None:
-    """Prints the table of one metric."""
+    """Prints the table of one metric, if there are rows of it."""
     from rich.console import Console
     from rich.table import Table
 
     pivoted = pivot(rows, metric)
+    if not pivoted:
+        return
     spec = FORMATS.get(metric, ".2f")
     backends = list(dict.fromkeys(name for cells in pivoted.values() for name in cells))
     table = Table("case", *backends, title=metric)

@@ -5,7 +5,7 @@ scores of all pages, the choice of each KV head and the attention over it, as on
 That is the common step, whose tokens end no page; `flashcore:fills_page` is the one in `page_size` steps that also
 summarises the page which every request has filled. `flashcore:reuses` is a layer that reads the pages which the layer
 before it has chosen (`reuse_layers`), `flashcore:unshared` one that scores each request by itself where they share
-pages.
+pages. With `--model` servers follow (e2e.py), a backend each, that decode contexts of 128K.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from .. import ops, variants
 from ..kernel import Kernel
 from ..planner import Capacity, Planner, PlannerOptions, Policy, Summaries, SummarySpec, make_planner
+from ..plugin import BACKEND
 from . import peers
 from .accuracy import sample, token_error
 from .cases import DecodeCase, Heads
@@ -28,6 +29,10 @@ EXACT = f"{OURS}:exact"
 FILLS_PAGE = f"{OURS}:fills_page"
 REUSES = f"{OURS}:reuses"
 UNSHARED = f"{OURS}:unshared"
+# End to end, beside the peers: one and six requests at 128K, whose prompts are cached.
+SERVED = f"{BACKEND}:topk-128k"
+WORKLOADS = ("L1", "L6")
+MAX_RUNNING = 8
 _CHECKED = 4  # requests compared with fp64
 _SINK_TOKENS, _RECENT_TOKENS = 128, 512
 
