@@ -3,10 +3,10 @@
 //   M = max lse_n;  w_n = 2^(lse_n - M);  out = sum(w_n o_n) / sum(w_n);  lse = M + log2(sum(w_n))
 //
 // A decode step has few queries, each with up to hundreds of partial results, and only latency counts. Grid: one CTA of
-// four warps a (token, query head); where there are many, one warp; where there are very many, one warp a (token, KV
-// head). A mixed batch or a prefill has many queries, most of which were written directly, and the others have few
-// partial results. Grid: as many warps as the GPU holds, each for up to 32 (token, query head) items, of which a lane
-// finds out about one; then eight lanes merge an item that has few, all of them one that has many.
+// four warps a (token, query head) item; where there are many, one warp. A prefill, a mixed batch, or a decode step of
+// hundreds of requests has many more items, most of them written directly, or of few partial results. Grid: as many
+// warps as the GPU holds, each for up to 32 items, of which a lane finds out about one; then eight lanes merge an item
+// that has few, all of them one that has many.
 //
 // The merge begins while the attention still runs (programmatic dependent launch), finds its partial results in the
 // plan, and waits only before it reads them; then every load is independent of the others.
@@ -32,9 +32,10 @@ __device__ __forceinline__ bool is_merged(const AttendParams& p) {
 constexpr int kWarps = 4;
 constexpr int kHeld = 4;              // partial results of an item whose place a lane finds before the wait
 constexpr int kAtOnce = 8;            // rows a warp has in flight
-constexpr int kManyItems = 1024;      // of a decode step: from here on a warp takes a query head alone
-constexpr int kVeryManyItems = 8192;  // from here on all query heads of a KV head
-constexpr int kFewLanes = 8;          // that merge an item of few partial results
+constexpr int kManyItems = 1024;      // of a decode step: from here on a warp takes an item alone
+constexpr int kVeryManyItems = 8192;  // from here on several, as in a prefill
+constexpr int kListed = 16;           // partial results of an item that has few
+constexpr int kFewLanes = 8;          // that merge it
 constexpr int ctas_per_sm(int head_dim) { return head_dim == 256 ? 3 : 5; }
 
 // ------------------------------------------------------------------------------------ many partials
@@ -100,19 +101,18 @@ __device__ __forceinline__ void write_merged(const AttendParams& p, int item,
   if (p.lse != nullptr && lane == 0) p.lse[item] = maximum + log2_fast(weight);
 }
 
-// Merges `heads` query heads of one KV head one by one: their partial results stand side by side. kShare warps work on
-// a head together, each on the sums n % kMergeSums of its own.
+// kShare warps work on an item together, each on the sums n % kMergeSums of its own.
 template <typename Element, int kHeadDim, int kShare>
-__device__ __forceinline__ void merge_heads(const AttendParams& p, int first_item, int heads) {
+__device__ __forceinline__ void merge_item(const AttendParams& p, int item) {
   constexpr int kOwnSums = kMergeSums / kShare;
   using Sum = Channels<kHeadDim>;
   __shared__ float shared_sums[kMergeSums][kShare == 1 ? 1 : 32 * Sum::kPerLane];  // [sum][channel of the lane][lane]
   __shared__ float shared_weights[kMergeSums];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
-  const bool exists = first_item < p.num_tokens * p.num_qo_heads;
+  const bool exists = item < p.num_tokens * p.num_qo_heads;
 
-  const PartialList list(p, exists ? first_item : 0);
+  const PartialList list(p, exists ? item : 0);
   int held_rows[kHeld];
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
@@ -124,113 +124,139 @@ __device__ __forceinline__ void merge_heads(const AttendParams& p, int first_ite
   if (!wanted) return;  // the same in all warps of an item
 
   const int some_row = __shfl_sync(~0u, held_rows[0], 0);  // read, with weight 0, where there is nothing to read
-  for (int head = 0; head < heads; ++head) {
-    const auto load = [&](Sum(&rows)[kAtOnce], int row, int n) {
+  const auto load = [&](Sum(&rows)[kAtOnce], int row, int n) {
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        const int from = __shfl_sync(~0u, row, n + i * kShare + warp % kShare);
-        rows[i] = Sum::load(p.partial_o + static_cast<int64_t>((from < 0 ? some_row : from) + head) * kHeadDim);
-      }
-    };
-    const auto lse_of = [&](int row) { return row >= 0 ? p.partial_lse[row + head] : -INFINITY; };
-    Sum ahead[kAtOnce];
-    load(ahead, held_rows[0], 0);
-
-    // Weights are relative to the highest LSE.
-    float held_lse[kHeld];
-    float maximum = -INFINITY;
-#pragma unroll
-    for (int i = 0; i < kHeld; ++i) maximum = fmaxf(maximum, held_lse[i] = lse_of(held_rows[i]));
-    for (int base = 32 * kHeld; base < list.total; base += 32) maximum = fmaxf(maximum, lse_of(list.row(base + lane)));
-    maximum = warp_max(maximum);
-    const float reference = maximum == -INFINITY ? 0.0f : maximum;
-
-    Sum sums[kOwnSums] = {};
-    float weights[kOwnSums] = {};
-    const auto add = [&](const Sum(&rows)[kAtOnce], float weight, int n) {
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        const float w = __shfl_sync(~0u, weight, n + i * kShare + warp % kShare);
-        weights[i % kOwnSums] += w;
-        sums[i % kOwnSums].add(w, rows[i]);
-      }
-    };
-    const auto add_32 = [&](int first, int count, int row, float weight) {
-      for (int n = first; n < count; n += kAtOnce * kShare) {
-        Sum rows[kAtOnce];
-        load(rows, row, n);
-        add(rows, weight, n);
-      }
-    };
-    const float first_weight = exp2_fast(held_lse[0] - reference);
-    add(ahead, first_weight, 0);
-    add_32(kAtOnce * kShare, min(32, list.total), held_rows[0], first_weight);
-#pragma unroll
-    for (int i = 1; i < kHeld; ++i) {
-      add_32(0, min(32, list.total - 32 * i), held_rows[i], exp2_fast(held_lse[i] - reference));
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int from = __shfl_sync(~0u, row, n + i * kShare + warp % kShare);
+      rows[i] = Sum::load(p.partial_o + static_cast<int64_t>(from < 0 ? some_row : from) * kHeadDim);
     }
-    for (int base = 32 * kHeld; base < list.total; base += 32) {
-      const int row = list.row(base + lane);
-      add_32(0, min(32, list.total - base), row, exp2_fast(lse_of(row) - reference));
-    }
+  };
+  const auto lse_of = [&](int row) { return row >= 0 ? p.partial_lse[row] : -INFINITY; };
+  Sum ahead[kAtOnce];
+  load(ahead, held_rows[0], 0);
 
+  // Weights are relative to the highest LSE.
+  float held_lse[kHeld];
+  float maximum = -INFINITY;
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) maximum = fmaxf(maximum, held_lse[i] = lse_of(held_rows[i]));
+  for (int base = 32 * kHeld; base < list.total; base += 32) maximum = fmaxf(maximum, lse_of(list.row(base + lane)));
+  maximum = warp_max(maximum);
+  const float reference = maximum == -INFINITY ? 0.0f : maximum;
+
+  Sum sums[kOwnSums] = {};
+  float weights[kOwnSums] = {};
+  const auto add = [&](const Sum(&rows)[kAtOnce], float weight, int n) {
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const float w = __shfl_sync(~0u, weight, n + i * kShare + warp % kShare);
+      weights[i % kOwnSums] += w;
+      sums[i % kOwnSums].add(w, rows[i]);
+    }
+  };
+  const auto add_32 = [&](int first, int count, int row, float weight) {
+    for (int n = first; n < count; n += kAtOnce * kShare) {
+      Sum rows[kAtOnce];
+      load(rows, row, n);
+      add(rows, weight, n);
+    }
+  };
+  const float first_weight = exp2_fast(held_lse[0] - reference);
+  add(ahead, first_weight, 0);
+  add_32(kAtOnce * kShare, min(32, list.total), held_rows[0], first_weight);
+#pragma unroll
+  for (int i = 1; i < kHeld; ++i) {
+    add_32(0, min(32, list.total - 32 * i), held_rows[i], exp2_fast(held_lse[i] - reference));
+  }
+  for (int base = 32 * kHeld; base < list.total; base += 32) {
+    const int row = list.row(base + lane);
+    add_32(0, min(32, list.total - base), row, exp2_fast(lse_of(row) - reference));
+  }
+
+  if constexpr (kShare > 1) {
+#pragma unroll
+    for (int i = 0; i < Sum::kPerLane; ++i) shared_sums[warp][32 * i + lane] = sums[0].x[i];
+    if (lane == 0) shared_weights[warp] = weights[0];
+    __syncthreads();
+    if (warp != 0) return;
+  }
+  Sum all[kMergeSums];
+  float all_weights[kMergeSums];
+#pragma unroll
+  for (int i = 0; i < kMergeSums; ++i) {
     if constexpr (kShare > 1) {
 #pragma unroll
-      for (int i = 0; i < Sum::kPerLane; ++i) shared_sums[warp][32 * i + lane] = sums[0].x[i];
-      if (lane == 0) shared_weights[warp] = weights[0];
-      __syncthreads();
-      if (warp != 0) return;
+      for (int c = 0; c < Sum::kPerLane; ++c) all[i].x[c] = shared_sums[i][32 * c + lane];
+      all_weights[i] = shared_weights[i];
+    } else {
+      all[i] = sums[i];
+      all_weights[i] = weights[i];
     }
-    Sum all[kMergeSums];
-    float all_weights[kMergeSums];
-#pragma unroll
-    for (int i = 0; i < kMergeSums; ++i) {
-      if constexpr (kShare > 1) {
-#pragma unroll
-        for (int c = 0; c < Sum::kPerLane; ++c) all[i].x[c] = shared_sums[i][32 * c + lane];
-        all_weights[i] = shared_weights[i];
-      } else {
-        all[i] = sums[i];
-        all_weights[i] = weights[i];
-      }
-    }
-    write_merged<Element>(p, first_item + head, all, all_weights, maximum);
   }
+  write_merged<Element>(p, item, all, all_weights, maximum);
 }
 
 // ------------------------------------------------------------------------------------- few partials
 
-// Merges an item of at most kMergeSums partial results, one to a sum, with kFewLanes lanes. Negative rows: none.
+// The partial results of an item, in the order of the plan, as a lane has found them.
+struct FewPartials {
+  int total;  // more than kListed: not these alone
+  int rows[kListed];
+};
+
+// Merges an item of at most kListed partial results with kFewLanes lanes; all lanes of a warp, with items of their own.
+// total 0: nothing to merge.
 template <typename Element, int kHeadDim>
-__device__ __forceinline__ void merge_few(const AttendParams& p, int item, const int (&rows)[kMergeSums]) {
-  float weights[kMergeSums];
+__device__ __forceinline__ void merge_few(const AttendParams& p, int item, const int* rows, int total) {
+  constexpr int kLanesRows = kListed / kFewLanes;  // whose weights a lane holds: lane, lane + kFewLanes, ...
+  const int lane = threadIdx.x % kFewLanes;
+  float lanes_weights[kLanesRows];
   float maximum = -INFINITY;
 #pragma unroll
-  for (int n = 0; n < kMergeSums; ++n) {
-    weights[n] = rows[n] >= 0 ? p.partial_lse[rows[n]] : -INFINITY;
-    maximum = fmaxf(maximum, weights[n]);
+  for (int i = 0; i < kLanesRows; ++i) {
+    const int n = i * kFewLanes + lane;
+    lanes_weights[i] = n < total ? p.partial_lse[rows[n]] : -INFINITY;
+    maximum = fmaxf(maximum, lanes_weights[i]);
   }
-  const float reference = maximum == -INFINITY ? 0.0f : maximum;
 #pragma unroll
-  for (float& x : weights) x = exp2_fast(x - reference);
-  const float weight = add_merge_sums(weights[0], weights[1], weights[2], weights[3]);
+  for (int step = kFewLanes / 2; step > 0; step /= 2) maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, step));
+  const float reference = maximum == -INFINITY ? 0.0f : maximum;
+  float weights[kListed], sums[kMergeSums] = {};
+#pragma unroll
+  for (float& x : lanes_weights) x = exp2_fast(x - reference);
+#pragma unroll
+  for (int n = 0; n < kListed; ++n) {
+    weights[n] = __shfl_sync(~0u, lanes_weights[n / kFewLanes], n % kFewLanes, kFewLanes);
+    sums[n % kMergeSums] += weights[n];
+  }
+  if (total == 0) return;
+  const float weight = add_merge_sums(sums[0], sums[1], sums[2], sums[3]);
   const float inverse = inverse_or_zero(weight);
 
-  const int lane = threadIdx.x % kFewLanes;
 #pragma unroll
   for (int d = 4 * lane; d < kHeadDim; d += 4 * kFewLanes) {
-    float4 x[kMergeSums];
+    float4 o[kMergeSums] = {};
 #pragma unroll
-    for (int n = 0; n < kMergeSums; ++n) {
-      x[n] = rows[n] >= 0 ? *reinterpret_cast<const float4*>(p.partial_o + int64_t{rows[n]} * kHeadDim + d) : float4{};
+    for (int first = 0; first < kListed; first += kAtOnce) {
+      if (first >= total) break;
+      float4 x[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int n = first + i;
+        x[i] = n < total ? *reinterpret_cast<const float4*>(p.partial_o + int64_t{rows[n]} * kHeadDim + d) : float4{};
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        float4& sum = o[i % kMergeSums];
+        const float w = weights[first + i];
+        sum = make_float4(__fmaf_rn(w, x[i].x, sum.x), __fmaf_rn(w, x[i].y, sum.y), __fmaf_rn(w, x[i].z, sum.z),
+                          __fmaf_rn(w, x[i].w, sum.w));
+      }
     }
-    const auto merged = [&](float a, float b, float c, float e) {
-      return inverse * add_merge_sums(__fmaf_rn(weights[0], a, 0.0f), __fmaf_rn(weights[1], b, 0.0f),
-                                      __fmaf_rn(weights[2], c, 0.0f), __fmaf_rn(weights[3], e, 0.0f));
-    };
+    const auto merged = [&](float a, float b, float c, float e) { return inverse * add_merge_sums(a, b, c, e); };
     *reinterpret_cast<uint2*>(static_cast<Element*>(p.out) + int64_t{item} * kHeadDim + d) =
-        make_uint2(pack2<Element>(merged(x[0].x, x[1].x, x[2].x, x[3].x), merged(x[0].y, x[1].y, x[2].y, x[3].y)),
-                   pack2<Element>(merged(x[0].z, x[1].z, x[2].z, x[3].z), merged(x[0].w, x[1].w, x[2].w, x[3].w)));
+        make_uint2(pack2<Element>(merged(o[0].x, o[1].x, o[2].x, o[3].x), merged(o[0].y, o[1].y, o[2].y, o[3].y)),
+                   pack2<Element>(merged(o[0].z, o[1].z, o[2].z, o[3].z), merged(o[0].w, o[1].w, o[2].w, o[3].w)));
   }
   if (p.lse != nullptr && lane == 0) p.lse[item] = maximum + log2_fast(weight);
 }
@@ -239,26 +265,34 @@ __device__ __forceinline__ void merge_few(const AttendParams& p, int item, const
 
 template <typename Element, int kHeadDim, int kShare>
 __global__ void __launch_bounds__(32 * kWarps, ctas_per_sm(kHeadDim))
-    merge_decode_kernel(const __grid_constant__ AttendParams p, int heads) {
+    merge_decode_kernel(const __grid_constant__ AttendParams p) {
   if (is_merged(p)) return wait_in_one_cta();
-  merge_heads<Element, kHeadDim, kShare>(p, (blockIdx.x * kWarps + threadIdx.x / 32) / kShare * heads, heads);
+  merge_item<Element, kHeadDim, kShare>(p, (blockIdx.x * kWarps + threadIdx.x / 32) / kShare);
 }
 
 template <typename Element, int kHeadDim>
 __global__ void __launch_bounds__(32 * kWarps, ctas_per_sm(kHeadDim))
-    merge_mixed_kernel(const __grid_constant__ AttendParams p, int items_per_warp) {
-  const int lane = threadIdx.x % 32;
-  const int begin = (blockIdx.x * kWarps + threadIdx.x / 32) * items_per_warp;
+    merge_many_items_kernel(const __grid_constant__ AttendParams p, int items_per_warp) {
+  __shared__ FewPartials found[kWarps][32];
+  if (is_merged(p)) return wait_in_one_cta();
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int begin = (blockIdx.x * kWarps + warp) * items_per_warp;
   const int end = min(begin + items_per_warp, p.num_tokens * p.num_qo_heads);
-  int total = 0, rows[kMergeSums] = {-1, -1, -1, -1};
+  int total = 0;
   if (p.plan.counts[kNumPartials] > 0 && begin + lane < end) {
     const PartialList list(p, begin + lane);
-    total = list.total;
-#pragma unroll
-    for (int n = 0; n < kMergeSums; ++n) rows[n] = n < total ? list.row(n) : -1;
+    const int first = list.total > 0 ? list.row(0) : -1;
+    if (first >= 0) {
+      total = list.total;
+      found[warp][lane].rows[0] = first;
+#pragma unroll 1
+      for (int n = 1; n < min(total, kListed); ++n) found[warp][lane].rows[n] = list.row(n);
+    }
   }
-  unsigned few = __ballot_sync(~0u, rows[0] >= 0 && total <= kMergeSums);
-  unsigned many = __ballot_sync(~0u, rows[0] >= 0 && total > kMergeSums);
+  found[warp][lane].total = total;
+  __syncwarp();
+  unsigned few = __ballot_sync(~0u, total > 0 && total <= kListed);
+  unsigned many = __ballot_sync(~0u, total > kListed);
   wait_for_primary();
   while (few != 0) {
     int item = -1;  // of these lanes
@@ -267,33 +301,28 @@ __global__ void __launch_bounds__(32 * kWarps, ctas_per_sm(kHeadDim))
       if (lanes == lane / kFewLanes) item = __ffs(few) - 1;
       few &= few - 1;
     }
-    int its_rows[kMergeSums];
-#pragma unroll
-    for (int n = 0; n < kMergeSums; ++n) its_rows[n] = __shfl_sync(~0u, rows[n], max(item, 0));
-    if (item >= 0) merge_few<Element, kHeadDim>(p, begin + item, its_rows);
+    const FewPartials& its = found[warp][max(item, 0)];
+    merge_few<Element, kHeadDim>(p, begin + item, its.rows, item >= 0 ? its.total : 0);
   }
-  for (; many != 0; many &= many - 1) merge_heads<Element, kHeadDim, 1>(p, begin + __ffs(many) - 1, 1);
+  for (; many != 0; many &= many - 1) merge_item<Element, kHeadDim, 1>(p, begin + __ffs(many) - 1);
 }
 
 // ---------------------------------------------------------------------------------------- launcher
 
 template <typename Element, int kHeadDim>
 int launch(const AttendParams& p) {
-  const int items = p.num_tokens * p.num_qo_heads, pairs = p.num_tokens * p.num_kv_heads;
+  const int items = p.num_tokens * p.num_qo_heads;
   const auto stream = static_cast<cudaStream_t>(p.stream);
-  const auto run = [&](auto kernel, int ctas, int argument) {
-    return launch_dependent(kernel, ctas, 32 * kWarps, stream, p, argument);
+  const auto run = [&](auto kernel, int ctas, auto... more) {
+    return launch_dependent(kernel, ctas, 32 * kWarps, stream, p, more...);
   };
   if (items == 0) return cudaSuccess;
-  if (!p.decode) {
+  if (!p.decode || items >= kVeryManyItems) {
     const int items_per_warp = min(32, ceil_div(items, p.num_sms * ctas_per_sm(kHeadDim) * kWarps));
-    return run(merge_mixed_kernel<Element, kHeadDim>, ceil_div(items, items_per_warp * kWarps), items_per_warp);
+    return run(merge_many_items_kernel<Element, kHeadDim>, ceil_div(items, items_per_warp * kWarps), items_per_warp);
   }
-  if (items >= kVeryManyItems) {
-    return run(merge_decode_kernel<Element, kHeadDim, 1>, ceil_div(pairs, kWarps), items / pairs);
-  }
-  if (items >= kManyItems) return run(merge_decode_kernel<Element, kHeadDim, 1>, ceil_div(items, kWarps), 1);
-  return run(merge_decode_kernel<Element, kHeadDim, kWarps>, items, 1);
+  if (items >= kManyItems) return run(merge_decode_kernel<Element, kHeadDim, 1>, ceil_div(items, kWarps));
+  return run(merge_decode_kernel<Element, kHeadDim, kWarps>, items);
 }
 
 template <typename Element>
