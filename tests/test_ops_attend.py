@@ -8,7 +8,7 @@ from dataclasses import replace
 import kit
 import pytest
 import torch
-from cases import CASES, Case, decode, extend, make
+from cases import CASES, Case, Problem, decode, extend, make
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -171,6 +171,21 @@ def test_pairs_enough_are_not_cut(variant: str) -> None:
     kit.check(problem, *kit.attend(problem, whole, variant=variant, rows_per_tile=rows_per_tile))
 
 
+def part_of(problem: Problem, requests: slice) -> Problem:
+    """Some of the requests of a decode step, as a batch of their own."""
+    kv_indptr = problem.kv_indptr[requests.start : requests.stop + 1]
+    begin, end = kv_indptr[[0, -1]].tolist()
+    return replace(
+        problem,
+        case=replace(problem.case, q_lens=problem.case.q_lens[requests], kv_lens=problem.case.kv_lens[requests]),
+        q=problem.q[requests],
+        qo_indptr=problem.qo_indptr[: len(kv_indptr)],
+        kv_indptr=kv_indptr - begin,
+        kv_indices=problem.kv_indices[begin:end],
+        last_page_len=problem.last_page_len[requests],
+    )
+
+
 # Alone, few and many: on Hopper these are three ways to launch, by two kernels.
 @pytest.mark.parametrize("variant", EVERY)
 @pytest.mark.parametrize("others", [2, 40])
@@ -180,20 +195,33 @@ def test_fixed_splits_do_not_depend_on_the_batch(others: int, variant: str) -> N
     problem = make(together, device)
     plan = kit.make_plan(problem, rows_per_tile=rows_per_tile, split_keys=128)
     out, lse = kit.attend(problem, plan, variant=variant, rows_per_tile=rows_per_tile)
-    begin, end = problem.kv_indptr[1:3].tolist()
-    alone = replace(
-        problem,
-        case=decode("alone", 129),
-        q=problem.q[1:2],
-        qo_indptr=problem.qo_indptr[:2],
-        kv_indptr=problem.kv_indptr[1:3] - begin,
-        kv_indices=problem.kv_indices[begin:end],
-        last_page_len=problem.last_page_len[1:2],
-    )
+    alone = part_of(problem, slice(1, 2))
     plan = kit.make_plan(alone, rows_per_tile=rows_per_tile, split_keys=128, num_ctas=7)
     out_alone, lse_alone = kit.attend(alone, plan, variant=variant, rows_per_tile=rows_per_tile)
     assert torch.equal(out[1:2], out_alone)
     assert torch.equal(lse[1:2], lse_alone)
+
+
+@pytest.mark.parametrize("variant", EVERY)
+def test_many_partial_results_of_hundreds_of_requests(variant: str) -> None:
+    """On a GPU, from 8192 query heads on, up to 16 of a head are merged by a quarter of a warp, more by all of it."""
+    case = decode("hundreds", *(37 * i % 1110 for i in range(520)), num_heads=16, num_kv_heads=2)
+    device, rows_per_tile = setup(case, variant)
+    problem = make(case, device)
+
+    def attend(some: Problem) -> tuple[torch.Tensor, torch.Tensor]:
+        plan = kit.make_plan(some, rows_per_tile=rows_per_tile, split_keys=64)
+        tiles = plan.tile_indptr[: plan.counts[Count.NUM_ROWS] * case.num_kv_heads + 1].diff()
+        assert set(tiles.tolist()) == set(range(1, 18))
+        return kit.attend(some, plan, variant=variant, rows_per_tile=rows_per_tile)
+
+    out, lse = attend(problem)
+    some = slice(100, 130)
+    few = part_of(problem, some)
+    out_of_few, lse_of_few = attend(few)
+    kit.check(few, out_of_few, lse_of_few)
+    assert torch.equal(out[some], out_of_few)
+    assert torch.equal(lse[some], lse_of_few)
 
 
 # Of these one kernel computes both phases, so that only the merge may tell a decode step from a mixed batch; on a GPU
