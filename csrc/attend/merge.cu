@@ -36,6 +36,7 @@ constexpr int kManyItems = 1024;      // of a decode step: from here on a warp t
 constexpr int kVeryManyItems = 8192;  // from here on several, as in a prefill
 constexpr int kListed = 16;           // partial results of an item that has few
 constexpr int kFewLanes = 8;          // that merge it
+static_assert(kListed % kFewLanes == 0 && kListed % kAtOnce == 0 && kAtOnce % kMergeSums == 0);
 constexpr int ctas_per_sm(int head_dim) { return head_dim == 256 ? 3 : 5; }
 
 // ------------------------------------------------------------------------------------ many partials

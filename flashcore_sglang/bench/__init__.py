@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -124,9 +123,10 @@ def _measure(args: argparse.Namespace) -> int:
     if args.resume:
         measured.resume()
 
-    def serve(backends: list[str], workloads: Sequence[str], max_running: int, flags: list[str]) -> list[str]:
-        where = args.logs, flags, args.limit_s, args.port
-        return e2e.run(measured, args.model, backends, list(workloads), max_running, *where)
+    def serve(backends: list[str], workloads: list[str], max_running: int, flags: list[str]) -> list[str]:
+        return e2e.run(
+            measured, args.model, backends, workloads, max_running, args.logs, flags, args.limit_s, args.port
+        )
 
     failures: list[str] = []
     try:

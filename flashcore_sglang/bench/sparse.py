@@ -31,7 +31,7 @@ REUSES = f"{OURS}:reuses"
 UNSHARED = f"{OURS}:unshared"
 # End to end, beside the peers: one and six requests at 128K, whose prompts are cached.
 SERVED = f"{BACKEND}:topk-128k"
-WORKLOADS = ("L1", "L6")
+WORKLOADS = ["L1", "L6"]
 MAX_RUNNING = 8
 _CHECKED = 4  # requests compared with fp64
 _SINK_TOKENS, _RECENT_TOKENS = 128, 512

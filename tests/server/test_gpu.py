@@ -32,7 +32,7 @@ TINY_POOL = (
     "--page-size 1 --max-total-tokens 900 --chunked-prefill-size 96 --schedule-conservativeness 0.05",
     {"SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "8"},
 )
-# Two GPUs round the sums of each layer otherwise than one does, by as much as the rest: FA3 is to do so, too.
+# Two GPUs round the sums of each layer otherwise than one does: FA3 is to do so, too.
 FA3: dict[str, tuple[str, dict[str, str]]] = {
     "fa3": ("", {}),
     "fa3-tensor-parallel": CONFIGURATIONS["tensor-parallel"],
