@@ -8,6 +8,9 @@
 // warps as the GPU holds, each for up to 32 items, of which a lane finds out about one; then eight lanes merge an item
 // that has few, all of them one that has many.
 //
+// Code is short, 13 KB, since it comes from memory as well: with searches and sums unrolled it was 39 KB, which cost up
+// to 2 us where attention's code and this did not fit into the instruction caches together (some 64 KB).
+//
 // The merge begins while the attention still runs (programmatic dependent launch), finds its partial results in the
 // plan, and waits only before it reads them; then every load is independent of the others.
 #include <cuda_runtime.h>
@@ -114,18 +117,23 @@ __device__ __forceinline__ void merge_item(const AttendParams& p, int item) {
   const bool exists = item < p.num_tokens * p.num_qo_heads;
 
   const PartialList list(p, exists ? item : 0);
+  const int total = exists ? list.total : 0;
+  // Lane l finds numbers l, 32 + l, ... One copy of the search, so what it finds moves through the registers.
   int held_rows[kHeld];
 #pragma unroll
-  for (int i = 0; i < kHeld; ++i) {
-    const int n = 32 * i + lane;
-    held_rows[i] = exists && n < list.total ? list.row(n) : -1;
+  for (int& row : held_rows) row = -1;
+#pragma unroll 1
+  for (int i = min(ceil_div(total, 32), kHeld) - 1; i >= 0; --i) {
+#pragma unroll
+    for (int h = kHeld - 1; h > 0; --h) held_rows[h] = held_rows[h - 1];
+    held_rows[0] = 32 * i + lane < total ? list.row(32 * i + lane) : -1;
   }
   const bool wanted = __any_sync(~0u, held_rows[0] >= 0);
   wait_for_primary();
   if (!wanted) return;  // the same in all warps of an item
 
-  const int some_row = __shfl_sync(~0u, held_rows[0], 0);  // read, with weight 0, where there is nothing to read
-  const auto load = [&](Sum(&rows)[kAtOnce], int row, int n) {
+  const int some_row = __shfl_sync(~0u, held_rows[0], 0);       // read, with weight 0, where there is nothing to read
+  const auto load = [&](Sum(&rows)[kAtOnce], int row, int n) {  // numbers n on of the lanes' 32
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
       const int from = __shfl_sync(~0u, row, n + i * kShare + warp % kShare);
@@ -133,45 +141,43 @@ __device__ __forceinline__ void merge_item(const AttendParams& p, int item) {
     }
   };
   const auto lse_of = [&](int row) { return row >= 0 ? p.partial_lse[row] : -INFINITY; };
-  Sum ahead[kAtOnce];
-  load(ahead, held_rows[0], 0);
+  Sum rows[kAtOnce];
+  load(rows, held_rows[0], 0);
 
   // Weights are relative to the highest LSE.
   float held_lse[kHeld];
   float maximum = -INFINITY;
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) maximum = fmaxf(maximum, held_lse[i] = lse_of(held_rows[i]));
-  for (int base = 32 * kHeld; base < list.total; base += 32) maximum = fmaxf(maximum, lse_of(list.row(base + lane)));
+#pragma unroll 1
+  for (int base = 32 * kHeld; base < total; base += 32) maximum = fmaxf(maximum, lse_of(list.row(base + lane)));
   maximum = warp_max(maximum);
   const float reference = maximum == -INFINITY ? 0.0f : maximum;
 
   Sum sums[kOwnSums] = {};
   float weights[kOwnSums] = {};
-  const auto add = [&](const Sum(&rows)[kAtOnce], float weight, int n) {
+  int row = held_rows[0];
+  float weight = exp2_fast(held_lse[0] - reference);
+#pragma unroll 1
+  for (int n = 0;;) {
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
-      const float w = __shfl_sync(~0u, weight, n + i * kShare + warp % kShare);
+      const float w = __shfl_sync(~0u, weight, n % 32 + i * kShare + warp % kShare);
       weights[i % kOwnSums] += w;
       sums[i % kOwnSums].add(w, rows[i]);
     }
-  };
-  const auto add_32 = [&](int first, int count, int row, float weight) {
-    for (int n = first; n < count; n += kAtOnce * kShare) {
-      Sum rows[kAtOnce];
-      load(rows, row, n);
-      add(rows, weight, n);
-    }
-  };
-  const float first_weight = exp2_fast(held_lse[0] - reference);
-  add(ahead, first_weight, 0);
-  add_32(kAtOnce * kShare, min(32, list.total), held_rows[0], first_weight);
+    n += kAtOnce * kShare;
+    if (n >= total) break;
+    if (n % 32 == 0) {
 #pragma unroll
-  for (int i = 1; i < kHeld; ++i) {
-    add_32(0, min(32, list.total - 32 * i), held_rows[i], exp2_fast(held_lse[i] - reference));
-  }
-  for (int base = 32 * kHeld; base < list.total; base += 32) {
-    const int row = list.row(base + lane);
-    add_32(0, min(32, list.total - base), row, exp2_fast(lse_of(row) - reference));
+      for (int h = 1; h < kHeld; ++h) {
+        held_rows[h - 1] = held_rows[h];
+        held_lse[h - 1] = held_lse[h];
+      }
+      row = n < 32 * kHeld ? held_rows[0] : list.row(n + lane);
+      weight = exp2_fast((n < 32 * kHeld ? held_lse[0] : lse_of(row)) - reference);
+    }
+    load(rows, row, n % 32);
   }
 
   if constexpr (kShare > 1) {

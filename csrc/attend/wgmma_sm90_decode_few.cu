@@ -21,7 +21,7 @@ cudaError_t launch(const FewParams& params) {
   if (opt_in != cudaSuccess) return opt_in;
   const AttendParams& p = params.attend;
   const auto stream = static_cast<cudaStream_t>(p.stream);
-  if (p.lists_begin > 0 || params.serves != Serves::all) {  // beside select, or beside the other kernel
+  if (p.lists_begin > 0 || params.serves == Serves::sharing) {  // beside select, or behind the other kernel
     return launch_dependent_shared(kernel, p.plan.num_ctas, kFewThreads, kShared, stream, params);
   }
   kernel<<<p.plan.num_ctas, kFewThreads, kShared, stream>>>(params);

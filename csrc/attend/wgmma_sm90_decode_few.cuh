@@ -14,7 +14,8 @@
 //
 // Measured on an H200 with cold caches (32 query and 8 KV heads of 128, bf16, pages of 64), us, the other kernel / this
 // one: 1 x 1K 15.9 / 10.1, 1 x 8K 22.5 / 16.3, 1 x 32K 44.7 / 39.3, 8 x 1K 23.4 / 18.3, 8 x 8K 75.1 / 70.8. Of that:
-// - Four ways through a tile in one kernel instead of one: 2.3 us slower, wherever the one that runs stands.
+// - Four ways through a tile in one kernel instead of one: 2.3 us slower, wherever the one that runs stands: the merge,
+//   launched early, waits for its code where both together are more than some 64 KB.
 // - Queries asked for ahead of the first keys and used behind them, short products for addresses: 2 us faster.
 // - All shared memory as the SM's carve-out, 33 pieces of a pair made 32: the merge takes 2 us instead of 6 (1 x 8K).
 // - Two teams that load their keys each for itself, instead of waiting for each other's: 8 x 32K shared 84 / 69.
@@ -37,15 +38,15 @@ __global__ void __maxnreg__(216) attend_few_kernel(const __grid_constant__ FewPa
   auto& rings = *reinterpret_cast<PieceRings<Traits>*>(storage);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const Plan& plan = params.attend.plan;
-  const FirstRange first(plan);
+  const TileRange range = first_range(plan);
+  const int rows_packed = load_kept(plan.counts + kRowsPacked);
   TileWindow tiles(plan);
   tiles.load(blockIdx.x, lane);
   allow_dependents();
 
-  if (params.serves != Serves::all && (params.serves == Serves::sharing) != (first.rows_packed > 0)) {
+  if (params.serves != Serves::all && (params.serves == Serves::sharing) != (rows_packed > 0)) {
     return wait_in_one_cta();
   }
-  const TileRange range = first.tiles;
   PieceLoader<Traits, TileWindow> loader(params, range, tiles, warp, lane);
   GlobalRows<Traits> sink{params.attend};
   loader.begin();

@@ -157,6 +157,7 @@ __device__ __forceinline__ void attend_none(const FewParams& params, const Tile&
   const int queries = tile.q_count * params.group;
   const PackedQuery query = packed_query(params, tile, min(lane, queries - 1));
   sink.meet();
+#pragma unroll 1
   for (int m = warp; m < queries; m += Traits::kWarps) {
     store_empty<Traits>(sink, tile.partial < 0, __shfl_sync(~0u, query.out_row, m), lane);
   }

@@ -8,13 +8,19 @@
 
 namespace flashcore::decode90 {
 
-// What a CTA needs first; loaded before anything else, since all that follows hangs on it.
+// The tiles of this CTA; loaded before anything else, since all that follows hangs on it.
+__device__ __forceinline__ TileRange first_range(const Plan& plan) {
+  const int32_t* indptr = plan.cta_indptr + blockIdx.x;
+  return {load_kept(indptr), load_kept(indptr + 1)};
+}
+
+// The same, and what else a CTA of the larger kernel needs first.
 struct FirstRange {
   TileRange tiles;
   int pages_read, rows_packed, num_tiles;
 
   __device__ __forceinline__ explicit FirstRange(const Plan& plan)
-      : tiles{load_kept(plan.cta_indptr + blockIdx.x), load_kept(plan.cta_indptr + blockIdx.x + 1)},
+      : tiles(first_range(plan)),
         pages_read(load_kept(plan.counts + kPagesRead)),
         rows_packed(load_kept(plan.counts + kRowsPacked)),
         num_tiles(load_kept(plan.counts + kNumTiles)) {}

@@ -14,10 +14,10 @@ namespace flashcore::decode90 {
 // would not end together.
 //
 // Where no prefix is shared there is one queue, of the plan's ranges. Where one is, there are two: the tall tiles, one
-// by one, and stretches of the short ones. The first half of the CTAs, which is about one an SM, begins with the tall
-// ones and the other half with the short ones, so that the tensor cores and L2 work while memory does; who finds his
-// queue empty turns to the other. Tall tiles of the same keys are near each other in the plan: they run together, and
-// all but the first find these keys in L2.
+// by one, and stretches of the short ones. Half of the CTAs begin with the tall ones and half with the short ones, one
+// an SM of each, so that the tensor cores and L2 work while memory does; who finds his queue empty turns to the other.
+// An SM has CTAs i and i + half, or i and i + 1 where it was the first to be free. Tall tiles of the same keys are near
+// each other in the plan: they run together, and all but the first find these keys in L2.
 struct Dealer {
   const Plan& plan;
   int num_tall = 0, num_tiles = 0, stretch = 0;  // stretch 0: ranges
@@ -34,11 +34,11 @@ struct Dealer {
     num_tall = plan.tile_indptr[first.rows_packed * num_kv_heads];
     stretch = max(1, (num_tiles - num_tall) / (kStretchesPerCta * num_ctas));
     queues_left = 2;
-    on_short = static_cast<int>(blockIdx.x) >= half();
+    on_short = (blockIdx.x + blockIdx.x / half()) % 2;
   }
 
   __device__ __forceinline__ TileRange first(const FirstRange& first) const {
-    return stretch == 0 ? first.tiles : range_of(blockIdx.x - (on_short ? half() : 0));
+    return stretch == 0 ? first.tiles : range_of(blockIdx.x / 2);
   }
 
   // False: nothing is left.
@@ -61,9 +61,10 @@ struct Dealer {
   }
   __device__ __forceinline__ int num_dealt() const {
     if (stretch == 0) return gridDim.x;
-    return on_short ? gridDim.x - half() : half();
+    const int tall = half() / 2 + (static_cast<int>(gridDim.x) - half()) / 2;
+    return on_short ? gridDim.x - tall : tall;
   }
-  static __device__ __forceinline__ int half() { return (gridDim.x + 1) / 2; }
+  static __device__ __forceinline__ int half() { return (gridDim.x + 3) / 4 * 2; }  // an even number
 
   __device__ __forceinline__ TileRange range_of(int item) const {
     if (stretch == 0) return {plan.cta_indptr[item], plan.cta_indptr[item + 1]};
