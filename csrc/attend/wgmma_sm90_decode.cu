@@ -57,14 +57,14 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm)
                          const __grid_constant__ Params params) {
   extern __shared__ __align__(1024) uint8_t storage[];
   auto& shared = *reinterpret_cast<SharedStorage<Traits>*>(storage);
-  const int warp = threadIdx.x / 32;
-  const int lane = threadIdx.x % 32;
-
   // Before all else: a kernel that has stored to local memory, a spilled register, is waited for 2.5 us longer.
   if (params.serves == Serves::sharing && load_kept(params.attend.plan.counts + kRowsPacked) == 0) {
     allow_dependents();
     return wait_in_one_cta();
   }
+  const int warp = threadIdx.x / 32;
+  const int lane = threadIdx.x % 32;
+
   const FirstRange first(params.attend.plan);
   TileWindow guess(params.attend.plan);
   if (warp == kConsumerWarps) guess.load(blockIdx.x, lane);
