@@ -1,6 +1,6 @@
 // Programmatic dependent launch (sm_90): a kernel that begins while the one before it in the stream still runs.
 //
-// The second kernel is launched with kDependentLaunch; the first lets it begin by allow_dependents(), and whatever the
+// The second kernel is launched by launch_dependent; the first lets it begin by allow_dependents(), and whatever the
 // second does before wait_for_primary() overlaps with the first. A thread of the second must wait, even of a kernel
 // that has nothing to do: what comes after it relies on both being over. In a chain the same holds for what is older: a
 // kernel that lets the next one begin behind its own wait (score) promises that all before it is over, and those that
