@@ -132,12 +132,7 @@ cudaError_t launch(const CUtensorMap& k_map, const CUtensorMap& v_map, const Par
   const AttendParams& p = params.attend;
   const int resident = kCtasPerSm * p.num_sms;
   const int num_ctas = p.plan.num_ctas < resident ? p.plan.num_ctas : resident;
-  const auto stream = static_cast<cudaStream_t>(p.stream);
-  if (p.lists_begin > 0 || params.serves == Serves::sharing) {  // beside select, or behind the other kernel
-    return launch_dependent_shared(kernel, num_ctas, kThreads, kShared, stream, k_map, v_map, params);
-  }
-  kernel<<<num_ctas, kThreads, kShared, stream>>>(k_map, v_map, params);
-  return cudaGetLastError();
+  return launch_in_step(params, kernel, num_ctas, kThreads, kShared, k_map, v_map, params);
 }
 
 // As many stages as fit.
@@ -189,22 +184,17 @@ cudaError_t run_many(const Params& params) {
 }
 
 // The kernel that the plan asks for: both in a row, of which one leaves.
-struct Part {
-  cudaError_t (*run)(const Params&);
-  Serves serves;
-};
-cudaError_t run_both(Params params, const Part& first, const Part& second) {
-  params.serves = first.serves;
-  const cudaError_t error = first.run(params);
-  params.serves = second.serves;
-  return error == cudaSuccess ? second.run(params) : error;
+using Run = cudaError_t (*)(const Params&);
+cudaError_t run_both(Params params, Run not_sharing, Run sharing) {
+  params.serves = Serves::not_sharing;
+  const cudaError_t error = not_sharing(params);
+  params.serves = Serves::sharing;
+  return error == cudaSuccess ? sharing(params) : error;
 }
 
 // In this order: the larger kernel in front would fetch its code, 129 KB, and the other one's wait behind it, 2 to 5
 // us.
-cudaError_t run_either(const Params& params) {
-  return run_both(params, {run_few, Serves::not_sharing}, {run_many, Serves::sharing});
-}
+cudaError_t run_either(const Params& params) { return run_both(params, run_few, run_many); }
 
 // A cluster a KV head takes half of the SMs, so that the other kernel leaves beside it.
 // They begin when select has ended: one that leaves must not do so before, and 64 CTAs of select leave few GPCs room
@@ -212,7 +202,7 @@ cudaError_t run_either(const Params& params) {
 cudaError_t run_cluster_or_few(const Params& given) {
   Params params = given;
   params.attend.lists_begin = 0;
-  return run_both(params, {run_cluster, Serves::not_sharing}, {run_few, Serves::sharing});
+  return run_both(params, run_cluster, run_few);
 }
 
 Way way_of(const Params& params) {

@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include "attend/wgmma_sm90_decode_traits.cuh"
+#include "device/dependent_launch.cuh"
 
 namespace flashcore::decode90 {
 
@@ -31,6 +32,19 @@ inline bool are_few(const Params& params) {
 inline bool are_alone(const Params& params) {
   const AttendParams& p = params.attend;
   return !p.plan.may_pack() && params.group <= kFewQueries && has_short_strides(p);
+}
+
+// Launches a kernel of a step on its stream; before the one in front of it ends, where that is select, or the first of
+// two of which the plan decides.
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch_in_step(const Params& params, void (*kernel)(Parameters...), int ctas, int threads, int shared_bytes,
+                           const Arguments&... arguments) {
+  const auto stream = static_cast<cudaStream_t>(params.attend.stream);
+  if (params.attend.lists_begin > 0 || params.serves == Serves::sharing) {
+    return launch_dependent_shared(kernel, ctas, threads, shared_bytes, stream, arguments...);
+  }
+  kernel<<<ctas, threads, shared_bytes, stream>>>(arguments...);
+  return cudaGetLastError();
 }
 
 bool fits_cluster(const Params&);      // whether run_cluster can run it, here, if the plan shares nothing

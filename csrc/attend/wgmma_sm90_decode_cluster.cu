@@ -22,14 +22,7 @@ struct Launcher {
   }
 
   static cudaError_t run(const FewParams& params) {
-    const AttendParams& p = params.attend;
-    const int ctas = p.num_kv_heads * kClusterCtas;
-    const auto stream = static_cast<cudaStream_t>(p.stream);
-    if (p.lists_begin > 0) {  // beside select
-      return launch_dependent_shared(kKernel, ctas, kClusterThreads, kShared, stream, params);
-    }
-    kKernel<<<ctas, kClusterThreads, kShared, stream>>>(params);
-    return cudaGetLastError();
+    return launch_in_step(params, kKernel, params.attend.num_kv_heads * kClusterCtas, kClusterThreads, kShared, params);
   }
 };
 

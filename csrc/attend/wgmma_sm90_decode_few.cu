@@ -19,13 +19,7 @@ cudaError_t launch(const FewParams& params) {
     return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
   }();
   if (opt_in != cudaSuccess) return opt_in;
-  const AttendParams& p = params.attend;
-  const auto stream = static_cast<cudaStream_t>(p.stream);
-  if (p.lists_begin > 0 || params.serves == Serves::sharing) {  // beside select, or behind the other kernel
-    return launch_dependent_shared(kernel, p.plan.num_ctas, kFewThreads, kShared, stream, params);
-  }
-  kernel<<<p.plan.num_ctas, kFewThreads, kShared, stream>>>(params);
-  return cudaGetLastError();
+  return launch_in_step(params, kernel, params.attend.plan.num_ctas, kFewThreads, kShared, params);
 }
 
 // Two kernels instead of branches: the code that runs is to be short and in one piece.
