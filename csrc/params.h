@@ -20,7 +20,7 @@ constexpr int kSplitUnit = 64;
 struct alignas(16) Row {
   int32_t q_begin;      // first query token, or offset into row_tokens when kPacked
   int32_t q_count;      // query tokens, at most rows_per_tile / group
-  int32_t flags;        // kPacked, kSole, kAlike
+  int32_t flags;        // kPacked, kSole, kAlike, AlikeRows
   int32_t page_begin;   // offset into kv_indices of the row's first page
   int32_t head_stride;  // pages from one KV head's list to the next one's; 0: all heads read the same list
   int32_t kv_len;       // keys
@@ -30,6 +30,22 @@ struct alignas(16) Row {
 constexpr int32_t kPacked = 1;  // tokens come from row_tokens: requests that share pages
 constexpr int32_t kSole = 2;    // every token of the row is in no other row
 constexpr int32_t kAlike = 4;   // packed, and cut as the other rows that read the same keys
+
+// Of a row that is cut alike: which of the rows of the same keys, which follow each other, it is, and how many there
+// are. They stand in the flags behind those above.
+struct AlikeRows {
+  static constexpr int32_t kBits = 12, kShift = 8, kMost = (1 << kBits) - 1;
+  int32_t rank, rows;
+
+  constexpr int32_t flags() const {
+    const uint32_t bits = rows > kMost ? 1u << kBits : static_cast<uint32_t>(rank | rows << kBits);  // too many: alone
+    return static_cast<int32_t>(bits << kShift);
+  }
+  static constexpr AlikeRows of(int32_t flags) {
+    const uint32_t bits = static_cast<uint32_t>(flags) >> kShift;
+    return {static_cast<int32_t>(bits & kMost), static_cast<int32_t>(bits >> kBits)};
+  }
+};
 
 // Keys [kv_begin, kv_end) of one row for one KV head. What a kernel needs of the row stands here once more, so that it
 // is one load away from the page ids and the queries.
@@ -66,8 +82,15 @@ enum Count : int32_t {
   kNextShortTile = 8,
   kPagesDropped = 9,   // pages that top-p left out of the lists of all KV heads, since the buffers were made
   kNumStretches = 10,  // 0: no two requests have pages to score in common, and stretches are not written
-  kNumCounts = 11
+  kPackedShare = 11,   // of 1024 SMs, how many packed rows are worth
+  kNumCounts = 12
 };
+
+constexpr int32_t kWholeShare = 1024;  // all SMs, for kPackedShare
+
+// Whether packed rows have a Hopper kernel of their own: it takes an SM half of the time that a kernel for all rows
+// does, and 10 us more to start, which pays where there are many requests.
+constexpr bool packs_apart(int32_t batch, int32_t num_kv_heads) { return batch * num_kv_heads >= 1024; }
 
 // A batch's work, in fixed-capacity device buffers so that one captured graph serves every batch of its size.
 // Written by run_plan, read by every attend variant.

@@ -18,6 +18,7 @@ from flashcore_sglang import ops
 from flashcore_sglang.planner.plan import SPLIT_UNIT, Capacity, Count, Plan, Policy
 
 PACKED, SOLE, ALIKE = 1, 2, 4
+ALIKE_SHIFT, ALIKE_BITS = 8, 12  # AlikeRows: behind the flags, the row's rank and how many there are
 FEW_PACKED = 32  # queries of a packed row that is cut like any other
 MIN_UNITS, BASE_COST, SLACK_SHARE, SLACK_UNITS = 2, 4, 16, 4  # csrc/plan/schedule.h
 
@@ -307,12 +308,16 @@ def check_packed_cuts(view: PlanView, batch: Batch) -> None:
     """Rows that read the same keys are cut alike, so that they can read them together."""
     cuts: dict[tuple[int, int], list[tuple[int, int]]] = {}
     readers = Counter((row.page_begin, row.kv_len) for row in view.rows if row.flags & PACKED)
+    rank = 0
     for i, row in enumerate(view.rows):
         if row.flags & PACKED:
             alone = readers[row.page_begin, row.kv_len] == 1
             assert bool(row.flags & ALIKE) == (not alone or len(row.tokens) * batch.group > FEW_PACKED)
         if not row.flags & ALIKE:
+            assert row.flags < 1 << ALIKE_SHIFT
             continue
+        assert row.flags >> ALIKE_SHIFT == rank | readers[row.page_begin, row.kv_len] << ALIKE_BITS
+        rank = (rank + 1) % readers[row.page_begin, row.kv_len]  # rows of the same keys follow each other
         for pair in range(i * batch.num_kv_heads, (i + 1) * batch.num_kv_heads):
             tiles = view.tiles[view.tile_indptr[pair] : view.tile_indptr[pair + 1]]
             spans = [(tile[1], tile[2]) for tile in tiles]

@@ -94,16 +94,31 @@ def test_rows_of_a_node_are_even() -> None:
     assert sorted(len(row.tokens) for row in view.rows if row.flags & PACKED) == [10, 11]
 
 
-# 4 prefixes of 128 units of 64 keys, read by 4 rows each for 2 KV heads, so 32 pairs for 66 CTAs; every request has
+# 4 prefixes of 128 units of 64 keys, read by 4 rows each for one KV head, so 16 pairs for 33 CTAs; every request has
 # `own` units to itself. 16 rows of 128 units are as much as 512 requests of 4.
 @pytest.mark.parametrize("own, pieces", [(1, 2), (2, 3), (3, 3), (4, 4), (6, 4), (7, 2), (20, 2)])
 def test_packed_rows_are_cut_finer_where_short_tiles_end_amid_them(own: int, pieces: int) -> None:
-    shape = {"num_kv_heads": 2, "group": 1, "rows_per_tile": 32, "num_ctas": 66}
+    shape = {"num_kv_heads": 1, "group": 1, "rows_per_tile": 32, "num_ctas": 33}
     batch = from_tree([Node(8192, leaves(128, 64 * own)) for _ in range(4)], 64, **shape)
     view = check_plan(batch.plan(), batch)
     packed = [pair for pair, row in enumerate(view.rows) if row.flags & PACKED]
     assert len(packed) == 16
-    assert {view.tile_indptr[2 * i + 1] - view.tile_indptr[2 * i] for i in packed} == {pieces}
+    assert {view.tile_indptr[i + 1] - view.tile_indptr[i] for i in packed} == {pieces}
+
+
+# (requests of a prefix, their own units, how many of 1024 SMs the packed rows get): 4 prefixes of 128 units. With 128
+# requests four rows read the same keys, with 32 one does.
+@pytest.mark.parametrize(
+    "readers, own, share", [(128, 1, 720), (128, 4, 720), (128, 8, 614), (128, 40, 540), (32, 4, 400)]
+)
+def test_packed_rows_get_sms_by_their_work(readers: int, own: int, share: int) -> None:
+    """Many requests: packed rows are another kernel's, and cut into no more tiles than there are CTAs."""
+    shape = {"num_kv_heads": 8, "group": 1, "rows_per_tile": 32, "num_ctas": 264}
+    batch = from_tree([Node(8192, leaves(readers, 64 * own)) for _ in range(4)], 64, **shape)
+    view = check_plan(batch.plan(), batch)
+    assert view.counts[Count.PACKED_SHARE] == share
+    packed = [i for i, row in enumerate(view.rows) if row.flags & PACKED]
+    assert view.tile_indptr[8 * len(packed)] <= 264
 
 
 @pytest.mark.parametrize("prefix, packed", [(384, False), (512, True)])
@@ -359,10 +374,10 @@ def test_a_captured_plan_follows_the_tables() -> None:
 VARIANTS = ["cpu", *(pytest.param(name, marks=pytest.mark.gpu) for name in ("wmma_sm80", "wgmma_sm90"))]
 
 
-def check_attention(batch: Batch, variant: str) -> None:
+def check_attention(batch: Batch, variant: str, head_dim: int = 64) -> None:
     """Attention over the packed plan against fp64, at most twice as far from it as plain PyTorch in bf16."""
     device = "cpu" if variant == "cpu" else "cuda"
-    head_dim, heads = 64, batch.num_kv_heads * batch.group
+    heads = batch.num_kv_heads * batch.group
     if device == "cuda":
         shape_of_case = variants.Shape(
             num_qo_heads=heads,
@@ -384,24 +399,27 @@ def check_attention(batch: Batch, variant: str) -> None:
     partials = plan.capacity.max_partials
     out = torch.full(q.shape, torch.nan, dtype=q.dtype, device=device)
     lse = torch.full(q.shape[:2], torch.nan, device=device)
-    ops.attend(
-        q.to(device),
-        k.to(device),
-        v.to(device),
-        plan.tensors(),
-        torch.full((partials, head_dim), torch.nan, device=device),
-        torch.full((partials,), torch.nan, device=device),
-        out,
-        lse,
-        rows_per_tile=batch.rows_per_tile,
-        sm_scale=head_dim**-0.5,
-        causal=True,
-        window_left=-1,
-        logits_soft_cap=0.0,
-        decode=True,
-        variant=variant,
-        free_cuts=plan.free_cuts,
-    )
+    inputs = [x.to(device) for x in (q, k, v)]
+
+    def attend() -> None:
+        ops.attend(
+            *inputs,
+            plan.tensors(),
+            torch.full((partials, head_dim), torch.nan, device=device),
+            torch.full((partials,), torch.nan, device=device),
+            out,
+            lse,
+            rows_per_tile=batch.rows_per_tile,
+            sm_scale=head_dim**-0.5,
+            causal=True,
+            window_left=-1,
+            logits_soft_cap=0.0,
+            decode=True,
+            variant=variant,
+            free_cuts=plan.free_cuts,
+        )
+
+    attend()
     pages = sum(map(len, batch.tables))
     table = [t.cpu() for t in (plan.qo_indptr, plan.kv_indptr, plan.kv_indices[:pages], plan.last_page_len)]
     truth, true_lse = reference.paged_attention(q.double(), k.double(), v.double(), *table)
@@ -410,6 +428,12 @@ def check_attention(batch: Batch, variant: str) -> None:
     assert (out.cpu().double() - truth).abs().max() <= allowed
     # A sum of head_dim products and one over the keys, in fp32.
     assert (lse.cpu().double() - true_lse).abs().max() <= head_dim * 2**-23 * true_lse.abs().max()
+    # Whoever takes a tile, its results are the same.
+    for _ in range(3 if device == "cuda" else 0):
+        first, first_lse = out.clone(), lse.clone()
+        attend()
+        assert torch.equal(out, first)
+        assert torch.equal(lse, first_lse)
 
 
 FEW_HEADS = {**HOPPER, "num_kv_heads": 4}
@@ -429,3 +453,25 @@ ATTENDED: dict[str, Batch] = {
 @pytest.mark.parametrize("name", ATTENDED)
 def test_attention_over_packed_rows(name: str, variant: str) -> None:
     check_attention(ATTENDED[name], variant)
+
+
+# So many requests and KV heads that packed rows are another kernel's on Hopper: rows of up to 128 queries, full and
+# not, of two levels, some of which are read by several rows; and requests that have no keys of their own.
+APART = {"num_kv_heads": 8, "group": 4, "rows_per_tile": 128, "num_ctas": 264}
+READ_APART = [Node(512, [Node(320, leaves(70, 40)), Node(256, leaves(70, 130))])]
+ATTENDED_APART: dict[str, Batch] = {
+    "two levels": from_tree(READ_APART, 64, **APART),
+    "page 16": from_tree(READ_APART, 16, **APART),
+    "group 7": from_tree([Node(640, leaves(257, 40))], 64, **{**APART, "group": 7, "num_kv_heads": 4}),
+    "few queries a row": from_tree([Node(640, leaves(9, 100)) for _ in range(15)], 64, **APART),
+    "whole pages to the end": Batch([list(range(10))] * 128, [640] * 128, page_size=64, **APART),
+}
+
+
+@pytest.mark.parametrize(
+    "variant, head_dim",
+    [("cpu", 64), *(pytest.param("wgmma_sm90", head_dim, marks=pytest.mark.gpu) for head_dim in (64, 128))],
+)
+@pytest.mark.parametrize("name", ATTENDED_APART)
+def test_attention_over_many_packed_rows(name: str, variant: str, head_dim: int) -> None:
+    check_attention(ATTENDED_APART[name], variant, head_dim)

@@ -5,20 +5,22 @@
 //
 // Grid   persistent CTAs, two to an SM. One launch serves tiles of few packed queries (one request's group) and of many
 //        (requests that share pages): where there are only the former, a CTA takes its range of the plan; where there
-//        are both, half of the CTAs begin with the tall tiles, half with the short ones (Dealer).
+//        are both, half of the CTAs begin with the tall tiles, half with the short ones (Dealer). Large steps have the
+//        tall tiles in a kernel of their own (wgmma_sm90_decode_packed.cu), on SMs that this one leaves to it.
 //        Behind select it begins while that still runs: the KV warp alone waits for it, before it reads a page list.
 // Block  256 threads: a warpgroup of consumers; a warp that keeps a ring of KV stages full by TMA, one box a page, and
 //        runs ahead across tiles; a warp that fetches the next tile's queries; two that leave.
 // Shared stages of 64 keys (K and V, 128-byte swizzle: ldmatrix and wgmma both read it as it lands), the queries of one
 //        tile, what is to know of the tile. 192 KB can be in flight to an SM, 128 KB where tiles hold 128 queries.
 //
-// Where no pages are shared a smaller kernel does the same (wgmma_sm90_decode_few.cuh): it starts 3 us earlier, its
-// merge 2 us. Steps of up to 32 packed queries are all its own, and others where the host knows that nothing is shared.
-// Else the plan decides, on the device: both are launched, the smaller one first. Where it works, this one leaves while
-// its last CTAs end (0.2 us); where this one works, that one leaves in front (1 to 2 us). Steps of up to 16 packed
-// queries and 8 KV heads have a kernel that merges by itself (wgmma_sm90_decode_cluster.cuh); those of up to 32 have
-// that one where nothing is shared, and the smaller one beside it, which leaves or not. One request under policy topk
-// has a kernel that selects its pages, too (wgmma_sm90_decode_topk.cuh).
+// Where no pages are shared, and the step is not a large one, a smaller kernel does the same
+// (wgmma_sm90_decode_few.cuh): it starts 3 us earlier, its merge 2 us. Steps of up to 32 packed queries are all its
+// own, and others where the host knows that nothing is shared. Else the plan decides, on the device: both are launched,
+// the smaller one first. Where it works, this one leaves while its last CTAs end (0.2 us); where this one works, that
+// one leaves in front (1 to 2 us). Steps of up to 16 packed queries and 8 KV heads have a kernel that merges by itself
+// (wgmma_sm90_decode_cluster.cuh); those of up to 32 have that one where nothing is shared, and the smaller one beside
+// it, which leaves or not. One request under policy topk has a kernel that selects its pages, too
+// (wgmma_sm90_decode_topk.cuh).
 //
 // Tried on an H200 (32 query and 8 KV heads of 128, bf16, pages of 64; a plain read of 8 GB: 4.46 to 4.56 TB/s):
 // - Short tiles: 16 keys of every unit a warp, S^T = K Q^T with mma.sync. Not wgmma: the tensor cores idle either way,
@@ -66,6 +68,14 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm)
   const int lane = threadIdx.x % 32;
 
   const FirstRange first(params.attend.plan);
+  if constexpr (Traits::kApart) {
+    if (first.rows_packed > 0 && ApartDealer::leaves(params.attend)) {
+      allow_dependents();
+      if (threadIdx.x == 0) ApartDealer::retire(params.attend.plan);
+      return wait_in_one_cta();
+    }
+    if (threadIdx.x == 0) shared.first = ApartDealer(params.attend, first).first(first);
+  }
   TileWindow guess(params.attend.plan);
   if (warp == kConsumerWarps) guess.load(blockIdx.x, lane);
   int32_t touched = 0;
@@ -111,7 +121,7 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm)
         mbarrier_arrive(&shared.q_empty);
       } else if (queries <= 8) {
         consume_short<Traits, 1>(shared, params, ring, warp, lane);
-      } else if (queries <= kShortQueries) {
+      } else if (Traits::kApart || queries <= kShortQueries) {
         consume_short<Traits, 2>(shared, params, ring, warp, lane);
       } else if (Traits::kBlocks == 1 || queries <= kBlockQueries) {
         consume_tall<Traits, 1>(shared, params, ring, warp, lane);
@@ -138,7 +148,7 @@ cudaError_t launch(const CUtensorMap& k_map, const CUtensorMap& v_map, const Par
 // As many stages as fit.
 template <typename T, int kHeadDim, int kBlocks>
 cudaError_t dispatch_occupancy(const CUtensorMap& k_map, const CUtensorMap& v_map, const Params& params) {
-  constexpr int kStages = (kBlocks == 1 ? 3 : 2) * 128 / kHeadDim;
+  constexpr int kStages = (kBlocks <= 1 ? 3 : 2) * 128 / kHeadDim;
   if (params.attend.plan.num_ctas > params.attend.num_sms) {
     return launch<Traits<T, kHeadDim, kBlocks, kStages>, 2>(k_map, v_map, params);
   }
@@ -147,6 +157,7 @@ cudaError_t dispatch_occupancy(const CUtensorMap& k_map, const CUtensorMap& v_ma
 
 template <typename T, int kHeadDim>
 cudaError_t dispatch_rows(const CUtensorMap& k_map, const CUtensorMap& v_map, const Params& params) {
+  if (are_apart(params)) return dispatch_occupancy<T, kHeadDim, 0>(k_map, v_map, params);
   return params.attend.plan.rows_per_tile <= kBlockQueries ? dispatch_occupancy<T, kHeadDim, 1>(k_map, v_map, params)
                                                            : dispatch_occupancy<T, kHeadDim, 2>(k_map, v_map, params);
 }
@@ -177,10 +188,11 @@ Params make_params(const AttendParams& p) {
 cudaError_t run_many(const Params& params) {
   const AttendParams& p = params.attend;
   CUtensorMap k_map, v_map;
-  const cudaError_t error = make_cache_maps(&k_map, &v_map, p, params.box_tokens, params.box_slabs);
+  cudaError_t error = make_cache_maps(&k_map, &v_map, p, params.box_tokens, params.box_slabs);
   if (error != cudaSuccess) return error;
-  return p.dtype == DType::bf16 ? dispatch<__nv_bfloat16>(k_map, v_map, params)
-                                : dispatch<__half>(k_map, v_map, params);
+  error =
+      p.dtype == DType::bf16 ? dispatch<__nv_bfloat16>(k_map, v_map, params) : dispatch<__half>(k_map, v_map, params);
+  return error == cudaSuccess && are_apart(params) ? run_packed(params) : error;
 }
 
 // The kernel that the plan asks for: both in a row, of which one leaves.
@@ -211,7 +223,7 @@ Way way_of(const Params& params) {
     return fits_packed_rows(params) ? Way{run_cluster, Merges::none} : Way{run_cluster_or_few, Merges::packed};
   }
   if (are_few(params) || are_alone(params)) return {run_few, Merges::all};
-  return {has_short_strides(p) ? run_either : run_many, Merges::all};
+  return {has_short_strides(p) && !are_apart(params) ? run_either : run_many, Merges::all};
 }
 
 }  // namespace decode90

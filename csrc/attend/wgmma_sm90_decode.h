@@ -10,7 +10,8 @@ namespace flashcore::decode90 {
 
 Params make_params(const AttendParams&);
 
-cudaError_t run_many(const Params&);            // any plan
+cudaError_t run_many(const Params&);            // any plan; where packed rows are apart, with run_packed
+cudaError_t run_packed(const Params&);          // packed rows, behind what leaves them SMs
 cudaError_t run_few(const Params&);             // at most kFewQueries packed queries in all, or a request
 cudaError_t run_cluster(const Params&);         // few requests, merged: nothing is left for the merge
 cudaError_t run_either(const Params&);          // any number: run_many where pages are shared, else run_few
@@ -32,6 +33,12 @@ inline bool are_few(const Params& params) {
 inline bool are_alone(const Params& params) {
   const AttendParams& p = params.attend;
   return !p.plan.may_pack() && params.group <= kFewQueries && has_short_strides(p);
+}
+
+// Whether packed rows, if there are any, have a kernel of their own.
+inline bool are_apart(const Params& params) {
+  const AttendParams& p = params.attend;
+  return p.plan.may_pack() && packs_apart(p.batch, p.num_kv_heads) && params.group <= kShortQueries;
 }
 
 // Launches a kernel of a step on its stream; before the one in front of it ends, where that is select, or the first of

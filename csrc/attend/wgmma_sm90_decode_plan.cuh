@@ -26,6 +26,11 @@ struct FirstRange {
         num_tiles(load_kept(plan.counts + kNumTiles)) {}
 };
 
+// How many SMs one kernel leaves to that of packed rows.
+__device__ __forceinline__ int left_sms(const AttendParams& p) {
+  return load_kept(p.plan.counts + kPackedShare) * p.num_sms / kWholeShare;
+}
+
 // Page columns [0, columns) of the tiles of a CTA, 32 at a time: lane l holds column first + l of the current window.
 struct PageWindow {
   const int32_t* pages;

@@ -2,86 +2,13 @@
 // Both run ahead of the consumers across tiles, so that the next tile's bytes are in flight while this one ends.
 #pragma once
 
+#include "attend/wgmma_sm90_decode_dealer.cuh"
 #include "attend/wgmma_sm90_decode_plan.cuh"
 #include "attend/wgmma_sm90_decode_traits.cuh"
 #include "device/async_copy.cuh"
 #include "device/dependent_launch.cuh"
 
 namespace flashcore::decode90 {
-
-// Deals ranges of tiles in the order of the plan: the first ones by CTA, the others to whoever is free, since an SM's
-// share of the bandwidth depends on its neighbours (up to a third more where a GPC has fewer SMs) and equal shares
-// would not end together.
-//
-// Where no prefix is shared there is one queue, of the plan's ranges. Where one is, there are two: the tall tiles, one
-// by one, and stretches of the short ones. Half of the CTAs begin with the tall ones and half with the short ones, one
-// an SM of each, so that the tensor cores and L2 work while memory does; who finds his queue empty turns to the other.
-// An SM has CTAs i and i + half, or i and i + 1 where it was the first to be free. Tall tiles of the same keys are near
-// each other in the plan: they run together, and all but the first find these keys in L2.
-struct Dealer {
-  const Plan& plan;
-  int num_tall = 0, num_tiles = 0, stretch = 0;  // stretch 0: ranges
-  int queues_left;
-  bool on_short = false;
-
-  __device__ __forceinline__ Dealer(const Plan& plan, const FirstRange& first, int num_kv_heads) : plan(plan) {
-    const int num_ctas = gridDim.x;
-    if (first.rows_packed == 0) {
-      queues_left = num_ctas < plan.num_ctas;
-      return;
-    }
-    num_tiles = first.num_tiles;
-    num_tall = plan.tile_indptr[first.rows_packed * num_kv_heads];
-    stretch = max(1, (num_tiles - num_tall) / (kStretchesPerCta * num_ctas));
-    queues_left = 2;
-    on_short = (blockIdx.x + blockIdx.x / half()) % 2;
-  }
-
-  __device__ __forceinline__ TileRange first(const FirstRange& first) const {
-    return stretch == 0 ? first.tiles : range_of(blockIdx.x / 2);
-  }
-
-  // False: nothing is left.
-  __device__ __forceinline__ bool next(TileRange& range, int lane) {
-    for (; queues_left > 0; --queues_left, on_short = !on_short) {
-      const int items = num_items();
-      const int item = __shfl_sync(~0u, lane == 0 ? draw(items) : 0, 0);
-      if (item >= items) continue;
-      range = range_of(item);
-      return true;
-    }
-    return false;
-  }
-
- private:
-  // Of the current queue: how many items there are, and how many CTAs begin with one.
-  __device__ __forceinline__ int num_items() const {
-    if (stretch == 0) return plan.num_ctas;
-    return on_short ? (num_tiles - num_tall + stretch - 1) / stretch : num_tall;
-  }
-  __device__ __forceinline__ int num_dealt() const {
-    if (stretch == 0) return gridDim.x;
-    const int tall = half() / 2 + (static_cast<int>(gridDim.x) - half()) / 2;
-    return on_short ? gridDim.x - tall : tall;
-  }
-  static __device__ __forceinline__ int half() { return (gridDim.x + 3) / 4 * 2; }  // an even number
-
-  __device__ __forceinline__ TileRange range_of(int item) const {
-    if (stretch == 0) return {plan.cta_indptr[item], plan.cta_indptr[item + 1]};
-    if (!on_short) return {min(item, num_tall), min(item + 1, num_tall)};
-    const int begin = min(num_tall + item * stretch, num_tiles);
-    return {begin, min(begin + stretch, num_tiles)};
-  }
-
-  // The next item of the current queue, or one behind the last. The counters are zero between launches: every CTA draws
-  // once in vain, and the last one leaves the counter as found.
-  __device__ __forceinline__ int draw(int items) const {
-    int32_t* drawn = plan.counts + (on_short ? kNextShortTile : kNextTile);
-    const int dealt = num_dealt(), ticket = atomicAdd(drawn, 1);
-    if (ticket == max(items - dealt, 0) + static_cast<int>(gridDim.x) - 1) *drawn = 0;
-    return dealt + ticket;
-  }
-};
 
 // Loads the keys and values of a range of tiles, unit by unit. Lane i issues box i of a unit.
 template <typename Traits>
@@ -147,11 +74,11 @@ template <typename Traits>
 __device__ __forceinline__ void produce_kv(SharedStorage<Traits>& shared, const CUtensorMap& k_map,
                                            const CUtensorMap& v_map, const Params& params, const FirstRange& first,
                                            TileWindow& tiles, int lane) {
-  Dealer dealer(params.attend.plan, first, params.attend.num_kv_heads);
+  DealerOf<Traits> dealer(params.attend, first);
   const bool small = first.pages_read < params.few_pages;
   StageRing<Traits> ring;
   RingCursor<kRangeSlots> slot;
-  TileRange range = dealer.first(first);
+  TileRange range = first_of_cta(shared, dealer, first);
   while (true) {
     // Keys of one request make way for shared ones.
     const uint64_t l2_policy = small || dealer.on_short ? kEvictFirst : kEvictNormal;
@@ -252,7 +179,7 @@ __device__ __forceinline__ void produce_queries(SharedStorage<Traits>& shared, c
                                                 const FirstRange& first, int32_t touched, int lane) {
   RingCursor<kRangeSlots> slot;
   uint32_t parity = 1;
-  TileRange range = Dealer(params.attend.plan, first, params.attend.num_kv_heads).first(first);
+  TileRange range = first_of_cta(shared, DealerOf<Traits>(params.attend, first), first);
   asm volatile("" ::"r"(touched));
   while (range.begin >= 0) {
     load_queries(shared, params, range, parity, lane);

@@ -30,12 +30,13 @@ constexpr int kStretchesPerCta = 4;  // where prefixes are shared: pieces a CTA'
 // and evict-first lines were seen to be dropped before they were used (3 % slower).
 constexpr int64_t kSmallBytes = int64_t{256} << 20;
 
-// kBlocks blocks of 64 packed queries are what a tile may hold.
+// kBlocks blocks of 64 packed queries are what a tile may hold; 0: packed rows are another kernel's.
 template <typename T, int kHeadDim_, int kBlocks_, int kStages_>
 struct Traits {
   using Element = T;
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr int kBlocks = kBlocks_;
+  static constexpr bool kApart = kBlocks_ == 0;
+  static constexpr int kBlocks = kApart ? 1 : kBlocks_;
   static constexpr int kQueries = kBlocks * kBlockQueries;
   static constexpr int kStages = kStages_;
   static constexpr int kSlabs = kHeadDim / kSlab;
@@ -100,6 +101,7 @@ struct SharedStorage {
   Mbarrier full[Traits::kStages], empty[Traits::kStages];
   Mbarrier q_full, q_empty;
   Mbarrier range_full[kRangeSlots], range_empty[kRangeSlots];
+  TileRange first;                // kApart: of the CTA
   TileRange ranges[kRangeSlots];  // from the KV warp, which draws them, to the query warp; begin < 0: no more
 };
 

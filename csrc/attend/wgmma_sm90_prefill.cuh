@@ -211,9 +211,9 @@ __device__ void consume(const AttendParams& p, Shared<Tr>& smem) {
 
 // --- Kernel ----------------------------------------------------------------------------------------------------------
 
-template <typename Tr>
-__global__ void __launch_bounds__(Tr::kThreads, 1)
-    prefill_kernel(const __grid_constant__ AttendParams p, const __grid_constant__ Maps maps) {
+// A CTA's tiles, which the schedule finds.
+template <typename Tr, typename Schedule>
+__device__ __forceinline__ void attend_tiles(const AttendParams& p, const Maps& maps) {
   extern __shared__ __align__(1024) unsigned char shared_bytes[];
   Shared<Tr>& smem = *reinterpret_cast<Shared<Tr>*>(shared_bytes);
   if (threadIdx.x == 32) {
@@ -236,12 +236,18 @@ __global__ void __launch_bounds__(Tr::kThreads, 1)
     }
     mbarrier_init_fence();
   }
+  if constexpr (Tr::kLazy) {
+    // Rows without a query keep what is here, and a NaN would have its say in what becomes the reference of others.
+    uint4* const q = reinterpret_cast<uint4*>(smem.q);
+    for (int i = threadIdx.x; i < static_cast<int>(sizeof(smem.q) / sizeof(uint4)); i += Tr::kThreads) q[i] = uint4{};
+    fence_proxy_async();
+  }
   __syncthreads();
 
   if (threadIdx.x < 128) {
     warpgroup_lower_registers<Tr::kProducerRegisters>();
     if (threadIdx.x < 32) {
-      announce_tiles<Tr>(p, maps, smem);
+      announce_tiles<Tr>(Schedule(p), p, maps, smem);
     } else {
       load_keys<Tr>(p, maps, smem);
     }
@@ -252,27 +258,37 @@ __global__ void __launch_bounds__(Tr::kThreads, 1)
   __syncthreads();  // nobody leaves while barriers are in use
 }
 
+template <typename Tr>
+__global__ void __launch_bounds__(Tr::kThreads, 1)
+    prefill_kernel(const __grid_constant__ AttendParams p, const __grid_constant__ Maps maps) {
+  attend_tiles<Tr, TileSchedule>(p, maps);
+}
+
 // --- Launcher --------------------------------------------------------------------------------------------------------
 
 template <typename Tr>
-cudaError_t launch(const AttendParams& p) {
+cudaError_t make_maps(Maps& maps, const AttendParams& p) {
   const int group = p.num_qo_heads / p.num_kv_heads;
-  const int box_keys = p.page_size % 64 == 0 && Tr::kBlockKeys % 64 == 0   ? 64
-                       : p.page_size % 32 == 0 && Tr::kBlockKeys % 32 == 0 ? 32
-                       : p.page_size % 16 == 0                             ? 16
-                       : p.page_size % 8 == 0                              ? 8
-                                                                           : 0;
-  if (box_keys == 0 || p.plan.rows_per_tile > Tr::kRows) return cudaErrorNotSupported;
+  maps.box_keys = p.page_size % 64 == 0 && Tr::kBlockKeys % 64 == 0   ? 64
+                  : p.page_size % 32 == 0 && Tr::kBlockKeys % 32 == 0 ? 32
+                  : p.page_size % 16 == 0                             ? 16
+                  : p.page_size % 8 == 0                              ? 8
+                                                                      : 0;
+  if (maps.box_keys == 0 || p.plan.rows_per_tile > Tr::kRows) return cudaErrorNotSupported;
 
   const Queries queries{p.q,   p.dtype,      p.head_dim,       p.num_kv_heads,
                         group, p.num_tokens, p.q_stride_token, p.q_stride_head};
-  Maps maps;
-  maps.box_keys = box_keys;
   cudaError_t error = make_query_map(&maps.q, queries, Tr::kRows / group);
   if (error == cudaSuccess) error = make_query_map(&maps.q_token, queries, 1);
-  if (error == cudaSuccess) error = make_cache_maps(&maps.k, &maps.v, p, box_keys, 1);
-  if (error != cudaSuccess) return error;
+  if (error == cudaSuccess) error = make_cache_maps(&maps.k, &maps.v, p, maps.box_keys, 1);
+  return error;
+}
 
+template <typename Tr>
+cudaError_t launch(const AttendParams& p) {
+  Maps maps;
+  cudaError_t error = make_maps<Tr>(maps, p);
+  if (error != cudaSuccess) return error;
   constexpr int kSharedBytes = sizeof(Shared<Tr>);
   error = cudaFuncSetAttribute(prefill_kernel<Tr>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (error != cudaSuccess) return error;

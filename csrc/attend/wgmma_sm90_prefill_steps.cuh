@@ -64,8 +64,8 @@ __device__ __forceinline__ void locate_rows(const AttendParams& p, const Job& jo
     const int index = group.token(query_of(consumer, i));
     rows.first[i] = job.kv_begin;
     rows.last[i] = job.kv_end - 1;
-    rows.reference[i] = kNoReference;
-    rows.limit_bits[i] = INT_MIN;
+    rows.reference[i] = index < job.q_count ? kNoReference : -kNoReference;
+    rows.limit_bits[i] = index < job.q_count ? INT_MIN : INT_MAX;
     rows.sum[i] = 0.0f;
     if (index < job.q_count && (p.causal || p.window_left >= 0)) {
       const int position =
@@ -262,7 +262,8 @@ __device__ __forceinline__ void finish_rows(const AttendParams& p, const RowStat
     output.inverse[i] = sum == 0.0f ? 0.0f : 1.0f / sum;
     float* const lse = output.partial ? p.partial_lse : p.lse;
     if (output.row[i] >= 0 && threadIdx.x % 4 == 0 && lse != nullptr) {
-      lse[output.row[i]] = sum == 0.0f ? -INFINITY : rows.reference[i] * softmax_scale + log2f(sum);
+      // One instruction wherever this is inlined: a tile's last bit must not depend on whether another one follows.
+      lse[output.row[i]] = sum == 0.0f ? -INFINITY : __fmaf_rn(rows.reference[i], softmax_scale, log2f(sum));
     }
   }
 }

@@ -18,11 +18,12 @@ struct RequestSum {
   int32_t node_rows, node_tokens, own_rows, merge_entries;
   int32_t node_units, own_units;  // of one KV head
   int32_t saved_units;            // that requests would read for themselves
+  int32_t unique_units;           // of nodes, each once
 
   FLASHCORE_HD RequestSum operator+(const RequestSum& other) const {
-    return {node_rows + other.node_rows,         node_tokens + other.node_tokens, own_rows + other.own_rows,
-            merge_entries + other.merge_entries, node_units + other.node_units,   own_units + other.own_units,
-            saved_units + other.saved_units};
+    return {node_rows + other.node_rows,         node_tokens + other.node_tokens,  own_rows + other.own_rows,
+            merge_entries + other.merge_entries, node_units + other.node_units,    own_units + other.own_units,
+            saved_units + other.saved_units,     unique_units + other.unique_units};
   }
 };
 
@@ -40,11 +41,11 @@ FLASHCORE_HD bool packing_pays(const PlanJob& p, const RequestSum& sum) {
 // So many that none takes longer than a CTA's share of all work, or is long, as far as there is a CTA for each; but
 // none shorter than a 16th of its queries in units, since each writes a partial result of all of them.
 //
-// Long tiles may be more than the CTAs. Half of these begin with the short tiles in the Hopper kernel, and where these
-// come to an end while the others are in their second packed tile, half the machine would have nothing left to do. That
-// is so where the requests' own keys are between 3/8 and 7/4 of the packed rows'. (An H200, 32 query and 8 KV heads,
-// 512 requests over 4 prefixes of 8192 keys with 128, 256 and 384 keys of their own: 247 to 223, 309 to 265 and 310 to
-// 304 us; with fewer or more own keys up to 25 % slower. scripts/bench/NOTES.md has the tables.)
+// Where one Hopper kernel takes all, long tiles may be more than the CTAs. Half of these begin with the short tiles,
+// and where these come to an end while the others are in their second packed tile, half the machine would have nothing
+// left to do. That is so where the requests' own keys are between 3/8 and 7/4 of the packed rows'. (An H200, 32 query
+// and 8 KV heads, 512 requests over 4 prefixes of 8192 keys with 128, 256 and 384 keys of their own: 247 to 223, 309 to
+// 265 and 310 to 304 us; with fewer or more own keys up to 25 % slower. scripts/bench/NOTES.md has the tables.)
 struct PackedPieces {
   int32_t shortest = kLongPackedUnits;
   int32_t most = 0, most_long = 0;
@@ -59,7 +60,7 @@ struct PackedPieces {
     const int32_t least = queries / kPartQueries > kLeastPackedUnits ? queries / kPartQueries : kLeastPackedUnits;
     if (fair < kLongPackedUnits) shortest = fair > least ? static_cast<int32_t>(fair) : least;
     const int64_t own = 8 * int64_t{sum.own_units}, packed = sum.node_units;  // compared in eighths of the packed
-    const bool finer = own >= 3 * packed && own < 14 * packed;
+    const bool finer = !packs_apart(p.batch, p.num_kv_heads) && own >= 3 * packed && own < 14 * packed;
     const int32_t more = !finer ? 0 : own < 7 * packed ? ctas / 2 : ctas;
     most = ctas / pairs;
     most_long = (ctas + more) / pairs;
@@ -70,6 +71,20 @@ struct PackedPieces {
     return pieces > longer ? pieces : longer;
   }
 };
+
+// Of the SMs, in 1024ths, what the packed rows of a plan are worth to the Hopper kernels. A unit of theirs takes an SM
+// some 1 us, whatever its queries; one that a request has to itself a third of that, where as many SMs ask as memory
+// needs. Those are half, so that fewer than kLeastShare make nothing faster, and more than kMostShare leave too few.
+// Packed rows most of whose keys no other row reads wait for memory, too; SMs that are done with the other rows help.
+// (An H200, 512 requests over 4 prefixes of 8192 keys with 256 of their own: 253, 240 and 206 us with 400, 600, 720;
+// 128 over 4 of 32768: 183, 196, 206; 512 over one of 2048: 161, 154, 179, and 147 with 500.)
+constexpr int32_t kLeastShare = 540, kMostShare = 720, kShareOfAlone = 400;
+FLASHCORE_HD int32_t packed_share(const RequestSum& sum) {
+  if (4 * int64_t{sum.unique_units} > 3 * int64_t{sum.node_units}) return kShareOfAlone;
+  const int64_t packed = 3 * int64_t{sum.node_units};
+  const auto share = static_cast<int32_t>(divide(kWholeShare * packed, packed + sum.own_units));
+  return share < kLeastShare ? kLeastShare : share < kMostShare ? share : kMostShare;
+}
 
 // What a cut adds to the plan.
 struct CutSum {
@@ -158,8 +173,9 @@ struct RequestRows {
 struct Totals {
   int32_t rows = 0, packed_rows = 0, uncut = 0, cuts = 0, partials = 0, pages = 0;
   PackedPieces packed_pieces;
-  bool share = false;       // whether there are packed rows
-  bool small_rows = false;  // and whether they are small ones
+  int32_t packed_share = 0;  // kPackedShare
+  bool share = false;        // whether there are packed rows
+  bool small_rows = false;   // and whether they are small ones
   bool fits = false;
 
   FLASHCORE_HD int32_t tiles() const { return uncut + cuts; }
@@ -195,7 +211,10 @@ class Builder {
       whole = place_requests();
     }
     total.packed_rows = whole.node_rows;
-    if (whole.node_rows > 0) total.packed_pieces = PackedPieces(p, whole);
+    if (whole.node_rows > 0) {
+      total.packed_pieces = PackedPieces(p, whole);
+      total.packed_share = packed_share(whole);
+    }
     total.rows = whole.node_rows + whole.own_rows;
     if (!fits || total.rows > s.max_rows || whole.node_tokens > plan.max_row_tokens ||
         whole.merge_entries > plan.max_merge) {
@@ -225,12 +244,12 @@ class Builder {
             links[level] = found.chain[r * kMaxLevels + level];
           }
           const RequestRows rows(p, found, share, r);
-          RequestSum sum = {0, 0, rows.own_rows(p), rows.merge_entries(p), 0, rows.own_units(), 0};
+          RequestSum sum = {0, 0, rows.own_rows(p), rows.merge_entries(p), 0, rows.own_units(), 0, 0};
           for (int32_t level = 0; share && level < kMaxLevels; ++level) {
             const int32_t members = links[level].members, node_rows = NodeRows(p, small, members).rows;
             const int32_t columns = links[level].end - (level > 0 ? links[level - 1].end : 0);
             const int32_t units = members > 0 ? units_of(columns * p.page_size) : 0;
-            nodes[level] = {node_rows, members, 0, 0, node_rows * units, 0, (members - 1) * units};
+            nodes[level] = {node_rows, members, 0, 0, node_rows * units, 0, (members - 1) * units, units};
             sum = sum + nodes[level];
           }
           return sum;
@@ -294,7 +313,7 @@ class Builder {
     const bool alike = rows.rows > 1 || members * p.group > kFewPacked;
     return dense_row(p, request_of(p, owner), owner, s.node_token[node] + rows.first(i),
                      rows.first(i + 1) - rows.first(i), begin * p.page_size, found.chain[node].end * p.page_size,
-                     alike ? kPacked | kAlike : kPacked);
+                     alike ? kPacked | kAlike | AlikeRows{i, rows.rows}.flags() : kPacked);
   }
 
   FLASHCORE_TEAM Row request_row(int32_t r, int32_t i) const {

@@ -117,6 +117,7 @@ struct Writer {
     counts[kPagesRead] = total.pages;
     counts[kPagesDense] = p.plan.kv_indptr[p.batch];
     counts[kRowsPacked] = total.packed_rows;
+    counts[kPackedShare] = total.packed_share;
     counts[kOverflow] = 0;
     counts[kNextTile] = 0;
     counts[kNextShortTile] = 0;

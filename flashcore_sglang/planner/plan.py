@@ -39,7 +39,8 @@ class Count(IntEnum):
     OVERFLOW = 6
     PAGES_DROPPED = 9
     NUM_STRETCHES = 10
-    NUM_COUNTS = 11
+    PACKED_SHARE = 11
+    NUM_COUNTS = 12
 
 
 @dataclass(frozen=True)

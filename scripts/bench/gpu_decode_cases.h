@@ -148,6 +148,31 @@ inline std::vector<Case> check_cases() {
                      .levels = {{batch, 1024}, {(batch + 1) / 2, 512}}});
   }
   cases.push_back({.name = "many short", .kv_lens = std::vector<int>(300, 130)});
+  for (int head_dim : {64, 128}) {
+    for (int page_size : {16, 64}) {
+      Case c{.name = "apart d" + std::to_string(head_dim) + " p" + std::to_string(page_size),
+             .head_dim = head_dim,
+             .page_size = page_size};
+      for (int r = 0; r < 140; ++r) c.kv_lens.push_back(1900 + 37 * (r % 11) + r / 70 * 500);
+      Case alone = c;
+      alone.name += " alone";
+      cases.push_back(alone);
+      c.levels = {{140, 640}, {70, 1216}};
+      cases.push_back(c);
+      c.name += " fp16 cap window";
+      c.dtype = DType::fp16;
+      c.cap = 3.0f;
+      c.window_left = 1500;
+      cases.push_back(c);
+    }
+  }
+  cases.push_back({.name = "apart 28/4",
+                   .kv_lens = std::vector<int>(260, 1700),
+                   .num_qo_heads = 28,
+                   .num_kv_heads = 4,
+                   .levels = {{260, 1024}, {52, 640}}});
+  cases.push_back(
+      {.name = "apart without own keys", .kv_lens = std::vector<int>(128, 2048), .levels = {{128, 1024}, {64, 1024}}});
   return cases;
 }
 
@@ -224,6 +249,8 @@ inline std::vector<Timed> time_cases() {
       dense(16, 131072, 1946, 1.0),
       dense(64, 1024, 84.8, 0.88),
       dense(64, 8192, 504, 1.03),
+      dense(128, 1024, 0, 1.03),
+      dense(256, 1024, 0, 1.03),
       dense(256, 2048, 505, 1.03),
       dense(1, 8192, 14.6, 1.0, {.name = " 8q/1kv", .num_qo_heads = 8, .num_kv_heads = 1}),
       dense(16, 8192, 33.9, 1.0, {.name = " 8q/1kv", .num_qo_heads = 8, .num_kv_heads = 1}),
@@ -248,6 +275,9 @@ inline std::vector<Timed> time_cases() {
       shared(64, 36864, {{64, 32768}}, 1381, 0.27),
       shared(128, 9216, {{128, 8192}}, 726, 0.26),
       shared(512, 8448, {{128, 8192}}, 2904, 0.15),
+      shared(128, 1280, {{128, 1024}}, 0, 0),
+      shared(256, 1280, {{256, 1024}}, 0, 0),
+      shared(512, 2304, {{512, 2048}}, 0, 0),
       shared(512, 8320, {{128, 8192}}, 0, 0),
       shared(512, 8576, {{128, 8192}}, 0, 0),
       shared(512, 8704, {{128, 8192}}, 0, 0),

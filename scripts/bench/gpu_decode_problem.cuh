@@ -312,6 +312,7 @@ inline std::vector<NamedWay> ways(const AttendParams& p) {
   if (chosen.run == run_cluster) return {{"cluster", chosen}, few};
   if (chosen.run == run_cluster_or_few) return {{"either", chosen}, few};
   if (chosen.run == run_either) return {{"either", chosen}, many};
+  if (are_apart(make_params(p))) return {{"apart", chosen}};
   return {few, many};
 }
 

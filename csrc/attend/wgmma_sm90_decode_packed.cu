@@ -1,0 +1,110 @@
+// wgmma_sm90, decode of packed rows: requests that share pages, up to 128 packed queries a tile.
+//
+// To attend to shared pages is to prefill without a mask, and the warps are those of the prefill kernel: both products
+// on the tensor cores, two warpgroups whose softmaxes alternate.
+//
+// Grid   a CTA an SM, which it fills. The kernel in front leaves it the SMs that packed rows are worth; where that one
+//        has ended, the other CTAs begin and take what tiles are left.
+#include <cuda_runtime.h>
+
+#include "attend/wgmma_sm90_decode.h"
+#include "attend/wgmma_sm90_decode_plan.cuh"
+#include "attend/wgmma_sm90_prefill.cuh"
+
+namespace flashcore::decode90 {
+namespace {
+
+// The tiles of packed rows in the order in which they are taken: rows of the same keys, which follow each other, take
+// turns, so that all but the first find a tile's keys in L2.
+class PackedOrder {
+ public:
+  __device__ PackedOrder(const Plan& plan, int num_kv_heads) : plan_(plan), num_heads_(num_kv_heads) {}
+
+  __device__ int tile(int i) {
+    if (i < first_ || i >= end_) open(i);
+    const int in_rows = i - first_;
+    return first_ + in_rows % rows_ * row_tiles_ + in_rows / rows_;
+  }
+
+ private:
+  __device__ void open(int i) {
+    const int row = plan_.tiles[i].pair / num_heads_;
+    const auto [rank, rows] = AlikeRows::of(plan_.rows[row].flags);
+    const int32_t* const indptr = plan_.tile_indptr + (row - rank) * num_heads_;
+    rows_ = max(rows, 1);
+    first_ = indptr[0];
+    row_tiles_ = indptr[num_heads_] - first_;
+    end_ = first_ + rows_ * row_tiles_;
+  }
+
+  const Plan& plan_;
+  const int num_heads_;
+  int first_ = 0, end_ = 0, rows_ = 1, row_tiles_ = 0;
+};
+
+// The tiles of packed rows to whoever is free. CTAs that begin at once have one each; when the others do is not known.
+class PackedTiles {
+ public:
+  __device__ explicit PackedTiles(const AttendParams& p)
+      : order_(p.plan, p.num_kv_heads),
+        cursor_(reinterpret_cast<unsigned*>(p.plan.counts + kNextTile)),
+        at_once_(left_sms(p)),
+        num_tiles_(p.plan.tile_indptr[p.plan.counts[kRowsPacked] * p.num_kv_heads]) {}
+
+  // The next tile, or -1; called by one whole warp.
+  __device__ int take() {
+    int i = blockIdx.x;
+    if (begun_ || i >= at_once_) {
+      // Every CTA asks once in vain, and the last one to ask wraps the cursor to 0, ready for the next launch.
+      const unsigned asked = max(num_tiles_ - at_once_, 0) + gridDim.x;
+      if (threadIdx.x % 32 == 0) i = at_once_ + atomicInc(cursor_, asked - 1);
+      i = __shfl_sync(~0u, i, 0);
+    }
+    begun_ = true;
+    return i < num_tiles_ ? order_.tile(i) : -1;
+  }
+
+ private:
+  PackedOrder order_;
+  unsigned* const cursor_;
+  const int at_once_, num_tiles_;
+  bool begun_ = false;
+};
+
+template <typename Tr>
+__global__ void __launch_bounds__(Tr::kThreads, 1)
+    attend_packed_kernel(const __grid_constant__ AttendParams p, const __grid_constant__ prefill::Maps maps) {
+  allow_dependents();
+  if (load_kept(p.plan.counts + kRowsPacked) > 0) prefill::attend_tiles<Tr, PackedTiles>(p, maps);
+  wait_in_one_cta();
+}
+
+template <typename T, int kHeadDim, bool kSoftCap>
+cudaError_t launch(const Params& params) {
+  using Tr = prefill::Traits<T, kHeadDim, 2, 128, 2 * 128 / kHeadDim, 2, true, kSoftCap>;
+  static_assert(Tr::kRows == 2 * kBlockQueries);
+  prefill::Maps maps;
+  const cudaError_t error = prefill::make_maps<Tr>(maps, params.attend);
+  if (error != cudaSuccess) return error;
+  const auto kernel = attend_packed_kernel<Tr>;
+  constexpr int kShared = sizeof(prefill::Shared<Tr>);
+  static const cudaError_t opt_in = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
+  if (opt_in != cudaSuccess) return opt_in;
+  return launch_dependent_shared(kernel, params.attend.num_sms, Tr::kThreads, kShared,
+                                 static_cast<cudaStream_t>(params.attend.stream), params.attend, maps);
+}
+
+template <typename T>
+cudaError_t dispatch(const Params& params) {
+  const bool capped = params.attend.logits_soft_cap > 0.0f;
+  if (params.attend.head_dim == 64) return capped ? launch<T, 64, true>(params) : launch<T, 64, false>(params);
+  return capped ? launch<T, 128, true>(params) : launch<T, 128, false>(params);
+}
+
+}  // namespace
+
+cudaError_t run_packed(const Params& params) {
+  return params.attend.dtype == DType::bf16 ? dispatch<__nv_bfloat16>(params) : dispatch<__half>(params);
+}
+
+}  // namespace flashcore::decode90
