@@ -5,6 +5,11 @@
 //
 // Grid   a CTA an SM, which it fills. The kernel in front leaves it the SMs that packed rows are worth; where that one
 //        has ended, the other CTAs begin and take what tiles are left.
+//
+// Measured on an H200 (32 query and 8 KV heads of 128, bf16, pages of 64), us with the merge, one kernel for all rows /
+// two: 512 requests over 4 prefixes of 8192 keys with 256 of their own 258 / 206, 1024 over 8 of them 496 / 395, 512 x
+// 8320 207 / 180, 128 over 4 of 32768 205 / 183; 128 x 1280, 1024 of them shared, 49 / 48 to 54. Of that, tiles of the
+// same keys in turns: 30 us, since L2 does not hold them until the next row comes by.
 #include <cuda_runtime.h>
 
 #include "attend/wgmma_sm90_decode.h"
@@ -81,7 +86,7 @@ __global__ void __launch_bounds__(Tr::kThreads, 1)
 
 template <typename T, int kHeadDim, bool kSoftCap>
 cudaError_t launch(const Params& params) {
-  using Tr = prefill::Traits<T, kHeadDim, 2, 128, 2 * 128 / kHeadDim, 2, true, kSoftCap>;
+  using Tr = prefill::Traits<T, kHeadDim, 2, 128, 2 * 128 / kHeadDim, 2, true, kSoftCap, true>;
   static_assert(Tr::kRows == 2 * kBlockQueries);
   prefill::Maps maps;
   const cudaError_t error = prefill::make_maps<Tr>(maps, params.attend);

@@ -101,7 +101,7 @@ __device__ void consume(const AttendParams& p, Shared<Tr>& smem) {
     const uint32_t slot = stage_of<kJobs>(tiles);
     output = locate_output(p.plan, smem.jobs[slot], consumer, group, p.num_qo_heads);
     mbarrier_arrive(&smem.job_done[slot]);
-    finish_rows(p, rows, softmax_scale, output);
+    finish_rows<Tr>(p, rows, softmax_scale, output);
   };
   // With two buffers of queries that is done beside the next tile's first matmul; one buffer has to be handed back.
   constexpr bool kFinishLate = Tr::kQueryBuffers > 1;
@@ -168,7 +168,7 @@ __device__ void consume(const AttendParams& p, Shared<Tr>& smem) {
     begin_pv();  // with no tile open its result is dropped: a matmul under a condition would not overlap
     turn_pass();
     if (kFinishLate && open) finish(tiles - 1);
-    locate_rows(p, job, consumer, group, rows);
+    locate_rows<Tr>(p, job, consumer, group, rows);
     first_of_all = __reduce_max_sync(0xffffffff, max(rows.first[0], rows.first[1]));
     last_of_all = __reduce_min_sync(0xffffffff, min(rows.last[0], rows.last[1]));
     wgmma_wait<1>();
@@ -236,8 +236,8 @@ __device__ __forceinline__ void attend_tiles(const AttendParams& p, const Maps& 
     }
     mbarrier_init_fence();
   }
-  if constexpr (Tr::kLazy) {
-    // Rows without a query keep what is here, and a NaN would have its say in what becomes the reference of others.
+  if constexpr (Tr::kPacked) {
+    // Rows without a query keep what is here, and a NaN counts as more than any logit.
     uint4* const q = reinterpret_cast<uint4*>(smem.q);
     for (int i = threadIdx.x; i < static_cast<int>(sizeof(smem.q) / sizeof(uint4)); i += Tr::kThreads) q[i] = uint4{};
     fence_proxy_async();
@@ -247,7 +247,7 @@ __device__ __forceinline__ void attend_tiles(const AttendParams& p, const Maps& 
   if (threadIdx.x < 128) {
     warpgroup_lower_registers<Tr::kProducerRegisters>();
     if (threadIdx.x < 32) {
-      announce_tiles<Tr>(Schedule(p), p, maps, smem);
+      announce_tiles<Tr, Schedule>(p, maps, smem);
     } else {
       load_keys<Tr>(p, maps, smem);
     }

@@ -138,7 +138,8 @@ __device__ void load_query(const AttendParams& p, const Maps& maps, Shared<Tr>& 
 // The first warp: tile after tile for all others, and its queries. A tile is announced when the one before it begins:
 // to find it and to fetch its queries takes as long as a block or two.
 template <typename Tr, typename Schedule>
-__device__ void announce_tiles(Schedule schedule, const AttendParams& p, const Maps& maps, Shared<Tr>& smem) {
+__device__ void announce_tiles(const AttendParams& p, const Maps& maps, Shared<Tr>& smem) {
+  Schedule schedule(p);
   for (uint32_t tiles = 0;; ++tiles) {
     const uint32_t slot = stage_of<kJobs>(tiles), buffer = stage_of<Tr::kQueryBuffers>(tiles);
     mbarrier_wait(&smem.job_done[slot], parity_of<kJobs>(tiles) ^ 1);

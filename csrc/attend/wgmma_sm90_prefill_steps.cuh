@@ -57,6 +57,7 @@ __device__ __forceinline__ int query_of(int consumer, int i) {
 }
 
 // What the thread's rows see of a tile, with nothing seen yet.
+template <typename Tr>
 __device__ __forceinline__ void locate_rows(const AttendParams& p, const Job& job, int consumer, Group group,
                                             RowState& rows) {
 #pragma unroll
@@ -64,8 +65,11 @@ __device__ __forceinline__ void locate_rows(const AttendParams& p, const Job& jo
     const int index = group.token(query_of(consumer, i));
     rows.first[i] = job.kv_begin;
     rows.last[i] = job.kv_end - 1;
-    rows.reference[i] = index < job.q_count ? kNoReference : -kNoReference;
-    rows.limit_bits[i] = index < job.q_count ? INT_MIN : INT_MAX;
+    // A row without a query must not have its say in what becomes the reference of the others: what it holds hangs on
+    // the tiles that the CTA has had.
+    const bool says = !Tr::kPacked || index < job.q_count;
+    rows.reference[i] = says ? kNoReference : -kNoReference;
+    rows.limit_bits[i] = says ? INT_MIN : INT_MAX;
     rows.sum[i] = 0.0f;
     if (index < job.q_count && (p.causal || p.window_left >= 0)) {
       const int position =
@@ -252,6 +256,7 @@ __device__ __forceinline__ Output locate_output(const Plan& plan, const Job& job
 }
 
 // The sums of the thread's rows are complete: writes the LSE, and keeps what O is to be multiplied with.
+template <typename Tr>
 __device__ __forceinline__ void finish_rows(const AttendParams& p, const RowState& rows, float softmax_scale,
                                             Output& output) {
 #pragma unroll
@@ -262,8 +267,13 @@ __device__ __forceinline__ void finish_rows(const AttendParams& p, const RowStat
     output.inverse[i] = sum == 0.0f ? 0.0f : 1.0f / sum;
     float* const lse = output.partial ? p.partial_lse : p.lse;
     if (output.row[i] >= 0 && threadIdx.x % 4 == 0 && lse != nullptr) {
-      // One instruction wherever this is inlined: a tile's last bit must not depend on whether another one follows.
-      lse[output.row[i]] = sum == 0.0f ? -INFINITY : __fmaf_rn(rows.reference[i], softmax_scale, log2f(sum));
+      if constexpr (Tr::kPacked) {
+        // Which tile is a CTA's last one, whose LSE another copy of this writes, depends on the other CTAs: both copies
+        // must be the same instruction.
+        lse[output.row[i]] = sum == 0.0f ? -INFINITY : __fmaf_rn(rows.reference[i], softmax_scale, log2f(sum));
+      } else {
+        lse[output.row[i]] = sum == 0.0f ? -INFINITY : rows.reference[i] * softmax_scale + log2f(sum);
+      }
     }
   }
 }

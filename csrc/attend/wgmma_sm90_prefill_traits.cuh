@@ -10,7 +10,7 @@ namespace flashcore::prefill {
 // --- Traits ----------------------------------------------------------------------------------------------------------
 
 template <typename T_, int kHeadDim_, int kConsumers_, int kBlockKeys_, int kStages_, int kQueryBuffers_,
-          bool kOrdered_, bool kSoftCap_>
+          bool kOrdered_, bool kSoftCap_, bool kPacked_ = false>
 struct Traits {
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_;
@@ -20,6 +20,7 @@ struct Traits {
   static constexpr int kQueryBuffers = kQueryBuffers_;
   static constexpr bool kOrdered = kOrdered_;  // consumers issue their matmuls in turn, so that softmaxes are staggered
   static constexpr bool kSoftCap = kSoftCap_;
+  static constexpr bool kPacked = kPacked_;  // for packed rows only, which seldom fill a tile
 
   static constexpr int kRows = 64 * kConsumers;
   static constexpr int kSlabs = kHeadDim / kSlab;
