@@ -60,9 +60,10 @@ class PackedTiles {
   __device__ int take() {
     int i = blockIdx.x;
     if (begun_ || i >= at_once_) {
-      // Every CTA asks once in vain, and the last one to ask wraps the cursor to 0, ready for the next launch.
-      const unsigned asked = max(num_tiles_ - at_once_, 0) + gridDim.x;
-      if (threadIdx.x % 32 == 0) i = at_once_ + atomicInc(cursor_, asked - 1);
+      // Every CTA asks once in vain, but for those that begin at once and find no tile. The last one to ask wraps the
+      // cursor to 0, ready for the next launch.
+      const unsigned times = num_tiles_ - at_once_ + gridDim.x;
+      if (threadIdx.x % 32 == 0) i = at_once_ + atomicInc(cursor_, times - 1);
       i = __shfl_sync(~0u, i, 0);
     }
     begun_ = true;
