@@ -14,8 +14,7 @@ from random import Random
 import torch
 from plan_oracle import Batch, check_plan
 
-from flashcore_sglang import ops
-from flashcore_sglang.planner import Count, Plan
+from flashcore_sglang.planner import Count
 
 POOL_KEYS = 2048  # unique keys of a batch, about
 
@@ -94,33 +93,6 @@ def tensors(case: Attended, device: str) -> list[torch.Tensor]:
     return [values(device, i)[: torch.Size(shape).numel()].view(shape) for i, shape in enumerate(shapes)]
 
 
-def attend(case: Attended, plan: Plan, variant: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """out and LSE of ``variant`` over ``plan``, on the plan's device; what is not written is NaN."""
-    q, k, v = tensors(case, plan.counts.device.type)
-    partials = plan.capacity.max_partials
-    out = torch.full_like(q, torch.nan)
-    lse = torch.full(q.shape[:2], torch.nan, device=q.device)
-    ops.attend(
-        q,
-        k,
-        v,
-        plan.tensors(),
-        torch.full((partials, case.head_dim), torch.nan, device=q.device),
-        torch.full((partials,), torch.nan, device=q.device),
-        out,
-        lse,
-        rows_per_tile=case.batch.rows_per_tile,
-        sm_scale=case.head_dim**-0.5,
-        causal=True,
-        window_left=-1,
-        logits_soft_cap=0.0,
-        decode=True,
-        variant=variant,
-        free_cuts=plan.free_cuts,
-    )
-    return out, lse
-
-
 def truth(case: Attended, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """out, the sum of p |v|, and the LSE in base 2: of all queries over all pages at once, in fp32.
 
@@ -151,7 +123,7 @@ def check(case: Attended, variant: str, device: str) -> bool:
     """Raises AssertionError where the plan breaks a law or attention over it is wrong; whether rows were packed."""
     plan = case.batch.plan(device)
     check_plan(plan, case.batch)
-    out, lse = attend(case, plan, variant)
+    out, lse = case.batch.attend(plan, *tensors(case, device), variant)
     expected, spread, expected_lse = truth(case, device)
     # P and out are rounded to bf16, by 2^-8 of them at most; the rest is fp32.
     wrong = (out.float() - expected).abs() > (2**-7 + 2**-14) * spread

@@ -143,6 +143,33 @@ class Batch:
         self.run(plan)
         return plan
 
+    def attend(
+        self, plan: Plan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, variant: str
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """out and LSE of a decode step over ``plan``, by ``variant``; what is not written is NaN."""
+        head_dim, partials = q.shape[-1], plan.capacity.max_partials
+        out = torch.full_like(q, torch.nan)
+        lse = torch.full(q.shape[:2], torch.nan, device=q.device)
+        ops.attend(
+            q,
+            k,
+            v,
+            plan.tensors(),
+            torch.full((partials, head_dim), torch.nan, device=q.device),
+            torch.full((partials,), torch.nan, device=q.device),
+            out,
+            lse,
+            rows_per_tile=self.rows_per_tile,
+            sm_scale=head_dim**-0.5,
+            causal=self.causal,
+            window_left=self.window_left,
+            logits_soft_cap=0.0,
+            decode=True,
+            variant=variant,
+            free_cuts=plan.free_cuts,
+        )
+        return out, lse
+
 
 def cumulative(values: list[int]) -> list[int]:
     total = [0]

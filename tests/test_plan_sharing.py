@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from plan_oracle import ALIKE, PACKED, Batch, check_plan
 from test_plan import used_parts
 
-from flashcore_sglang import ops, reference, variants
+from flashcore_sglang import reference, variants
 from flashcore_sglang.planner import Count, Plan, Policy
 
 
@@ -396,30 +396,8 @@ def check_attention(batch: Batch, variant: str, head_dim: int = 64) -> None:
     k, v = (torch.randn(shape, generator=generator).bfloat16() for _ in range(2))
     plan = batch.plan(device)
     assert plan.counts[Count.ROWS_PACKED] > 0
-    partials = plan.capacity.max_partials
-    out = torch.full(q.shape, torch.nan, dtype=q.dtype, device=device)
-    lse = torch.full(q.shape[:2], torch.nan, device=device)
     inputs = [x.to(device) for x in (q, k, v)]
-
-    def attend() -> None:
-        ops.attend(
-            *inputs,
-            plan.tensors(),
-            torch.full((partials, head_dim), torch.nan, device=device),
-            torch.full((partials,), torch.nan, device=device),
-            out,
-            lse,
-            rows_per_tile=batch.rows_per_tile,
-            sm_scale=head_dim**-0.5,
-            causal=True,
-            window_left=-1,
-            logits_soft_cap=0.0,
-            decode=True,
-            variant=variant,
-            free_cuts=plan.free_cuts,
-        )
-
-    attend()
+    out, lse = batch.attend(plan, *inputs, variant)
     pages = sum(map(len, batch.tables))
     table = [t.cpu() for t in (plan.qo_indptr, plan.kv_indptr, plan.kv_indices[:pages], plan.last_page_len)]
     truth, true_lse = reference.paged_attention(q.double(), k.double(), v.double(), *table)
@@ -430,10 +408,9 @@ def check_attention(batch: Batch, variant: str, head_dim: int = 64) -> None:
     assert (lse.cpu().double() - true_lse).abs().max() <= head_dim * 2**-23 * true_lse.abs().max()
     # Whoever takes a tile, its results are the same.
     for _ in range(3 if device == "cuda" else 0):
-        first, first_lse = out.clone(), lse.clone()
-        attend()
-        assert torch.equal(out, first)
-        assert torch.equal(lse, first_lse)
+        again, again_lse = batch.attend(plan, *inputs, variant)
+        assert torch.equal(again, out)
+        assert torch.equal(again_lse, lse)
 
 
 FEW_HEADS = {**HOPPER, "num_kv_heads": 4}
