@@ -106,6 +106,15 @@ def test_packed_rows_are_cut_finer_where_short_tiles_end_amid_them(own: int, pie
     assert {view.tile_indptr[i + 1] - view.tile_indptr[i] for i in packed} == {pieces}
 
 
+@pytest.mark.parametrize("group, pieces", [(16, 2), (17, 4)])
+def test_where_one_kernel_takes_all_rows_packed_ones_are_cut_finer(group: int, pieces: int) -> None:
+    """1024 pairs and up to 16 query heads a KV head: packed rows are another kernel's."""
+    shape = {"num_kv_heads": 2, "group": group, "rows_per_tile": 32 * group, "num_ctas": 66}
+    batch = from_tree([Node(8192, leaves(128, 256)) for _ in range(4)], 64, **shape)
+    view = check_plan(batch.plan(), batch)
+    assert {view.tile_indptr[2 * i + 1] - view.tile_indptr[2 * i] for i in range(16)} == {pieces}
+
+
 # (requests of a prefix, their own units, how many of 1024 SMs the packed rows get): 4 prefixes of 128 units. With 128
 # requests four rows read the same keys, with 32 one does.
 @pytest.mark.parametrize(

@@ -36,9 +36,10 @@ inline bool are_alone(const Params& params) {
 }
 
 // Whether packed rows, if there are any, have a kernel of their own.
+static_assert(kMostApart <= kShortQueries);
 inline bool are_apart(const Params& params) {
   const AttendParams& p = params.attend;
-  return p.plan.may_pack() && packs_apart(p.batch, p.num_kv_heads) && params.group <= kShortQueries;
+  return p.plan.may_pack() && packs_apart(p.batch, p.num_kv_heads, params.group);
 }
 
 // Launches a kernel of a step on its stream; before the one in front of it ends, where that is select, or the first of

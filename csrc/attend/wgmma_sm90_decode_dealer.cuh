@@ -86,9 +86,9 @@ struct Dealer {
 // CTAs that do not leave.
 struct ApartDealer {
   const Plan& plan;
-  int begin = 0, tiles = 0, stretch = 0;  // stretch 0: ranges
+  int begin = 0, tiles = 0, stretch = 0;  // of tiles that are not packed rows'
   int items, dealt = 0;
-  const bool on_short;  // there are packed rows
+  const bool on_short;  // there are packed rows, and so stretches instead of ranges
 
   __device__ __forceinline__ ApartDealer(const AttendParams& p, const FirstRange& first)
       : plan(p.plan), items(plan.num_ctas), on_short(first.rows_packed > 0) {

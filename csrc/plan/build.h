@@ -60,7 +60,7 @@ struct PackedPieces {
     const int32_t least = queries / kPartQueries > kLeastPackedUnits ? queries / kPartQueries : kLeastPackedUnits;
     if (fair < kLongPackedUnits) shortest = fair > least ? static_cast<int32_t>(fair) : least;
     const int64_t own = 8 * int64_t{sum.own_units}, packed = sum.node_units;  // compared in eighths of the packed
-    const bool finer = !packs_apart(p.batch, p.num_kv_heads) && own >= 3 * packed && own < 14 * packed;
+    const bool finer = !packs_apart(p.batch, p.num_kv_heads, p.group) && own >= 3 * packed && own < 14 * packed;
     const int32_t more = !finer ? 0 : own < 7 * packed ? ctas / 2 : ctas;
     most = ctas / pairs;
     most_long = (ctas + more) / pairs;
