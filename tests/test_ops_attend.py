@@ -21,6 +21,7 @@ FP32 = [replace(case, name=f"fp32 {case.name}", dtype=torch.float32) for case in
 CPU = "cpu"
 CUDA = [pytest.param(variant.name, marks=pytest.mark.gpu) for variant in variants.VARIANTS if variant.device == "cuda"]
 EVERY = [CPU, *CUDA]
+SPLITTING = [CPU, *(variant for variant in CUDA if variant.values != ("cublaslt",))]  # by a number of keys
 
 
 def setup(case: Case, variant: str) -> tuple[str, int]:
@@ -172,14 +173,15 @@ def test_pairs_enough_are_not_cut(variant: str) -> None:
 
 
 def part_of(problem: Problem, requests: slice) -> Problem:
-    """Some of the requests of a decode step, as a batch of their own."""
-    kv_indptr = problem.kv_indptr[requests.start : requests.stop + 1]
+    """Some of the requests, as a batch of their own."""
+    qo_indptr, kv_indptr = (x[requests.start : requests.stop + 1] for x in (problem.qo_indptr, problem.kv_indptr))
+    first, last = qo_indptr[[0, -1]].tolist()
     begin, end = kv_indptr[[0, -1]].tolist()
     return replace(
         problem,
         case=replace(problem.case, q_lens=problem.case.q_lens[requests], kv_lens=problem.case.kv_lens[requests]),
-        q=problem.q[requests],
-        qo_indptr=problem.qo_indptr[: len(kv_indptr)],
+        q=problem.q[first:last],
+        qo_indptr=qo_indptr - first,
         kv_indptr=kv_indptr - begin,
         kv_indices=problem.kv_indices[begin:end],
         last_page_len=problem.last_page_len[requests],
@@ -200,6 +202,45 @@ def test_fixed_splits_do_not_depend_on_the_batch(others: int, variant: str) -> N
     out_alone, lse_alone = kit.attend(alone, plan, variant=variant, rows_per_tile=rows_per_tile)
     assert torch.equal(out[1:2], out_alone)
     assert torch.equal(lse[1:2], lse_alone)
+
+
+@pytest.mark.parametrize("variant", SPLITTING)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_fixed_splits_of_a_prefill_do_not_depend_on_the_batch(head_dim: int, variant: str) -> None:
+    """Behind the queries of a request's last tile lie those of the next one, whose logits are the larger ones."""
+    together = extend("together", (201, 3000), (50, 2100), head_dim=head_dim, page_size=64)
+    device, rows_per_tile = setup(together, variant)
+    problem = make(together, device)
+    problem.q[201:] *= 30
+
+    def attend(some: Problem) -> tuple[torch.Tensor, torch.Tensor]:
+        plan = kit.make_plan(some, rows_per_tile=rows_per_tile, split_keys=2048)
+        return kit.attend(some, plan, variant=variant, rows_per_tile=rows_per_tile)
+
+    (out, lse), (out_alone, lse_alone) = attend(problem), attend(part_of(problem, slice(0, 1)))
+    assert torch.equal(out[:201], out_alone)
+    assert torch.equal(lse[:201], lse_alone)
+
+
+@pytest.mark.parametrize("variant", EVERY)
+def test_queries_of_earlier_launches_are_not_seen(variant: str) -> None:
+    """Seven query heads a KV head leave rows of a tile without a query: there on-chip memory is what it was before."""
+    case = extend("sevens", (300, 3000), num_heads=28, num_kv_heads=4, head_dim=128, page_size=64)
+    device, rows_per_tile = setup(case, variant)
+    problem = make(case, device)
+    earlier = make(replace(case, q_lens=(2000,), num_heads=32), device)
+
+    def attend(some: Problem) -> tuple[torch.Tensor, torch.Tensor]:
+        plan = kit.make_plan(some, rows_per_tile=rows_per_tile, num_ctas=132)
+        return kit.attend(some, plan, variant=variant, rows_per_tile=rows_per_tile)
+
+    def attend_after(left_behind: float) -> tuple[torch.Tensor, torch.Tensor]:
+        attend(replace(earlier, q=torch.full_like(earlier.q, left_behind)))
+        return attend(problem)
+
+    (out, lse), (out_after_nan, lse_after_nan) = attend_after(0.0), attend_after(torch.nan)
+    assert torch.equal(out, out_after_nan)
+    assert torch.equal(lse, lse_after_nan)
 
 
 @pytest.mark.parametrize("variant", EVERY)

@@ -8,7 +8,7 @@
 //
 // Measured on an H200 (32 query and 8 KV heads of 128, bf16, pages of 64), us with the merge, one kernel for all rows /
 // two: 512 requests over 4 prefixes of 8192 keys with 256 of their own 258 / 206, 1024 over 8 of them 496 / 395, 512 x
-// 8320 207 / 180, 128 over 4 of 32768 205 / 183; 128 x 1280, 1024 of them shared, 49 / 48 to 54. Of that, tiles of the
+// 8320 207 / 188, 128 over 4 of 32768 205 / 183; 128 x 1280, 1024 of them shared, 49 / 48 to 54. Of that, tiles of the
 // same keys in turns: 30 us, since L2 does not hold them until the next row comes by.
 #include <cuda_runtime.h>
 

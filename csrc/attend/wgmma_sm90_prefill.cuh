@@ -8,13 +8,15 @@
 // Smem:  kQueryBuffers tiles of Q, rings of kStages blocks of K and of V, all under the 128-byte swizzle.
 // Maths: S of block n - 1 and O += P V of block n run on the tensor cores; the maxima of block n - 1 are looked at when
 //        S is there, its exponentials follow P V, whose registers P takes. O is rescaled in each block where that hides
-//        behind them (D64), elsewhere only for a new maximum that counts in its row. The last P V of a tile runs beside
-//        the first Q K^T of the next one: the pipeline never drains between tiles.
+//        behind them (D64) or costs little (packed rows), elsewhere only for a new maximum that counts in its row. The
+//        last P V of a tile runs beside the first Q K^T of the next one: the pipeline never drains between tiles.
 // After: FlashAttention-3 (Shah et al., 2024) for the warp specialisation, the overlap inside a warpgroup and the order
 //        between warpgroups; FlashAttention-4 for the conditional rescale; FlashInfer (Ye et al., 2025) for CSR rows.
 #pragma once
 
 #include <cuda_runtime.h>
+
+#include <algorithm>
 
 #include "attend/wgmma_sm90_prefill_producer.cuh"
 #include "attend/wgmma_sm90_prefill_steps.cuh"
@@ -236,12 +238,6 @@ __device__ __forceinline__ void attend_tiles(const AttendParams& p, const Maps& 
     }
     mbarrier_init_fence();
   }
-  if constexpr (Tr::kPacked) {
-    // Rows without a query keep what is here, and a NaN counts as more than any logit.
-    uint4* const q = reinterpret_cast<uint4*>(smem.q);
-    for (int i = threadIdx.x; i < static_cast<int>(sizeof(smem.q) / sizeof(uint4)); i += Tr::kThreads) q[i] = uint4{};
-    fence_proxy_async();
-  }
   __syncthreads();
 
   if (threadIdx.x < 128) {
@@ -279,6 +275,7 @@ cudaError_t make_maps(Maps& maps, const AttendParams& p) {
   const Queries queries{p.q,   p.dtype,      p.head_dim,       p.num_kv_heads,
                         group, p.num_tokens, p.q_stride_token, p.q_stride_head};
   cudaError_t error = make_query_map(&maps.q, queries, Tr::kRows / group);
+  if (error == cudaSuccess) error = make_query_map(&maps.q_some, queries, std::min(kSomeTokens, Tr::kRows / group));
   if (error == cudaSuccess) error = make_query_map(&maps.q_token, queries, 1);
   if (error == cudaSuccess) error = make_cache_maps(&maps.k, &maps.v, p, maps.box_keys, 1);
   return error;

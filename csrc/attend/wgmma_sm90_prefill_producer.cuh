@@ -92,9 +92,11 @@ class TileSchedule {
 // --- Producer --------------------------------------------------------------------------------------------------------
 
 struct Maps {
-  CUtensorMap q, q_token, k, v;  // q_token: boxes of one token, for rows whose tokens are scattered
-  int32_t box_keys;              // keys of a box of k and v; divides page_size and kBlockKeys
+  CUtensorMap q, q_some, q_token;  // boxes of a tile's tokens, of kSomeTokens and of one
+  CUtensorMap k, v;
+  int32_t box_keys;  // keys of a box of k and v; divides page_size and kBlockKeys
 };
+constexpr int kSomeTokens = 8;
 
 template <typename Tr>
 __device__ Job job_of(const Tile& tile, int num_kv_heads) {
@@ -116,29 +118,59 @@ __device__ Job job_of(const Tile& tile, int num_kv_heads) {
 // One thread: fetches the queries of a job, or none.
 template <typename Tr>
 __device__ void load_query(const AttendParams& p, const Maps& maps, Shared<Tr>& smem, uint32_t buffer, const Job& job) {
-  const int group = p.num_qo_heads / p.num_kv_heads;
-  const int tokens = job.blocks <= 0 ? 0 : job.packed ? job.q_count : Tr::kRows / group;
+  const int group = p.num_qo_heads / p.num_kv_heads, tile_tokens = Tr::kRows / group;
+  // Behind the queries of a tile that is not full lie another request's. Where rows have a say in when the references
+  // of their neighbours are raised, these must not, and zeros take their place: TMA writes them for tokens that do not
+  // exist.
+  constexpr bool kPadded = Tr::kLazy;
+  const int tokens = job.blocks <= 0 ? 0 : kPadded || !job.packed ? tile_tokens : job.q_count;
+  const bool in_one_box = !job.packed && (!kPadded || job.q_count == tile_tokens);
   Mbarrier* const full = &smem.q_full[buffer];
   mbarrier_arrive_expect_tx(full, tokens * group * Tr::kHeadDim * sizeof(typename Tr::T));
   if (tokens == 0) return;
 #pragma unroll 1
   for (int slab = 0; slab < Tr::kSlabs; ++slab) {
-    if (!job.packed) {
-      tma_load_query(smem.q[buffer][slab][0], &maps.q, full, job.q_begin, slab, job.kv_head, kEvictFirst);
+    const auto load = [&](const CUtensorMap& map, int i, int token) {
+      tma_load_query(smem.q[buffer][slab][i * group], &map, full, token, slab, job.kv_head, kEvictFirst);
+    };
+    if (in_one_box) {
+      load(maps.q, 0, job.q_begin);
       continue;
     }
 #pragma unroll 1
-    for (int i = 0; i < tokens; ++i) {
-      const int token = p.plan.row_tokens[job.q_begin + i];
-      tma_load_query(smem.q[buffer][slab][i * group], &maps.q_token, full, token, slab, job.kv_head, kEvictFirst);
+    for (int i = 0; i < tokens;) {
+      const bool none = i >= job.q_count;
+      const bool some = none ? i + kSomeTokens <= tokens : !job.packed && i + kSomeTokens <= job.q_count;
+      const int at = job.q_begin + i;
+      load(some ? maps.q_some : maps.q_token, i, none ? p.num_tokens : job.packed ? p.plan.row_tokens[at] : at);
+      i += some ? kSomeTokens : 1;
     }
   }
+}
+
+// By the warp that fetches queries: zeros where no token's queries go, as the query heads of a KV head need not divide
+// a tile. What shared memory held before may be NaN, which counts as more than any logit.
+template <typename Tr>
+__device__ void clear_unused_queries(const AttendParams& p, Shared<Tr>& smem) {
+  const int group = p.num_qo_heads / p.num_kv_heads, used = Tr::kRows / group * group;
+  constexpr int kChunks = kSlab * sizeof(typename Tr::T) / sizeof(uint4);  // of a row of a slab
+#pragma unroll 1
+  for (int i = 0; i < Tr::kQueryBuffers * Tr::kSlabs; ++i) {
+    auto& slab = smem.q[i / Tr::kSlabs][i % Tr::kSlabs];
+#pragma unroll 1
+    for (int j = threadIdx.x; j < (Tr::kRows - used) * kChunks; j += 32) {
+      reinterpret_cast<uint4*>(slab[used + j / kChunks])[j % kChunks] = uint4{};
+    }
+  }
+  fence_proxy_async();
+  __syncwarp();
 }
 
 // The first warp: tile after tile for all others, and its queries. A tile is announced when the one before it begins:
 // to find it and to fetch its queries takes as long as a block or two.
 template <typename Tr, typename Schedule>
 __device__ void announce_tiles(const AttendParams& p, const Maps& maps, Shared<Tr>& smem) {
+  if constexpr (Tr::kLazy) clear_unused_queries(p, smem);
   Schedule schedule(p);
   for (uint32_t tiles = 0;; ++tiles) {
     const uint32_t slot = stage_of<kJobs>(tiles), buffer = stage_of<Tr::kQueryBuffers>(tiles);

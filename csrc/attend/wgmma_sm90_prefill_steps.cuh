@@ -65,11 +65,8 @@ __device__ __forceinline__ void locate_rows(const AttendParams& p, const Job& jo
     const int index = group.token(query_of(consumer, i));
     rows.first[i] = job.kv_begin;
     rows.last[i] = job.kv_end - 1;
-    // A row without a query must not have its say in what becomes the reference of the others: what it holds hangs on
-    // the tiles that the CTA has had.
-    const bool says = !Tr::kPacked || index < job.q_count;
-    rows.reference[i] = says ? kNoReference : -kNoReference;
-    rows.limit_bits[i] = says ? INT_MIN : INT_MAX;
+    rows.reference[i] = kNoReference;
+    rows.limit_bits[i] = INT_MIN;
     rows.sum[i] = 0.0f;
     if (index < job.q_count && (p.causal || p.window_left >= 0)) {
       const int position =
@@ -267,13 +264,9 @@ __device__ __forceinline__ void finish_rows(const AttendParams& p, const RowStat
     output.inverse[i] = sum == 0.0f ? 0.0f : 1.0f / sum;
     float* const lse = output.partial ? p.partial_lse : p.lse;
     if (output.row[i] >= 0 && threadIdx.x % 4 == 0 && lse != nullptr) {
-      if constexpr (Tr::kPacked) {
-        // Which tile is a CTA's last one, whose LSE another copy of this writes, depends on the other CTAs: both copies
-        // must be the same instruction.
-        lse[output.row[i]] = sum == 0.0f ? -INFINITY : __fmaf_rn(rows.reference[i], softmax_scale, log2f(sum));
-      } else {
-        lse[output.row[i]] = sum == 0.0f ? -INFINITY : rows.reference[i] * softmax_scale + log2f(sum);
-      }
+      // Which tile is a CTA's last one, whose LSE another copy of this writes, depends on the other CTAs: both copies
+      // must be the same instruction.
+      lse[output.row[i]] = sum == 0.0f ? -INFINITY : __fmaf_rn(rows.reference[i], softmax_scale, log2f(sum));
     }
   }
 }

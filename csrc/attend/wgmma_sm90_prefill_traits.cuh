@@ -29,10 +29,10 @@ struct Traits {
   static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
   // Which maxima become the reference of their row. One that does has a P of 1, which 16 bits hold and do not round.
   // Where softmax takes longer than the matmuls (D64) all do: in code without a branch that costs nothing, as the
-  // products hide behind the exponentials. Elsewhere it would cost 6 to 10 % of the time, and rows of many keys have
-  // those alone whose P could exceed 2^kRescaleLog2, rows of few keys, whose errors are the largest, those of more than
-  // a share of the row's sum.
-  static constexpr bool kLazy = kHeadDim > 64;
+  // products hide behind the exponentials. Packed rows pay 2 to 4 % for it, beside memory that is busy with the others.
+  // Elsewhere it would cost 6 to 10 % of the time, and rows of many keys have those alone whose P could exceed
+  // 2^kRescaleLog2, rows of few keys, whose errors are the largest, those of more than a share of the row's sum.
+  static constexpr bool kLazy = kHeadDim > 64 && !kPacked;
   static constexpr int kFewKeys = 1024;
   static constexpr float kShareOfFew = 1.0f / 256.0f, kRescaleLog2 = 8.0f;
 };
