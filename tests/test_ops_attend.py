@@ -97,6 +97,22 @@ def test_same_bits_twice(case: Case, variant: str) -> None:
 
 @pytest.mark.parametrize("variant", EVERY)
 @pytest.mark.parametrize("head_dim", [64, 128])
+def test_same_bits_whoever_takes_a_tile(head_dim: int, variant: str) -> None:
+    """On Hopper a prefill of so many (row, KV head) pairs hands them to CTAs as these come."""
+    case = extend(
+        "many pairs", *[(70 + i, 333 + i) for i in range(60)], num_heads=32, num_kv_heads=8, head_dim=head_dim
+    )
+    device, rows_per_tile = setup(case, variant)
+    problem = make(case, device)
+    plan = kit.make_plan(problem, rows_per_tile=rows_per_tile)
+    first, *others = (kit.attend(problem, plan, variant=variant, rows_per_tile=rows_per_tile) for _ in range(3))
+    for other in others:
+        assert torch.equal(first[0], other[0])
+        assert torch.equal(first[1], other[1])
+
+
+@pytest.mark.parametrize("variant", EVERY)
+@pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("levels", [(-1.0,), (1.0,), (-2.0, -1.0, 1.0, 2.0), (2.0, 0.0, -2.0)], ids=str)
 def test_logits_far_from_zero(levels: tuple[float, ...], head_dim: int, variant: str) -> None:
     """Channel 0 puts the logits of each stretch of pages at a level of its own, in units of 128 before the scale."""
