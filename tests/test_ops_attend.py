@@ -9,7 +9,7 @@ import kit
 import pytest
 import torch
 from cases import CASES, Case, Problem, decode, extend, make
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from flashcore_sglang import ops, variants
@@ -24,13 +24,9 @@ EVERY = [CPU, *CUDA]
 SPLITTING = [CPU, *(variant for variant in CUDA if variant.values != ("cublaslt",))]  # by a number of keys
 
 
-def setup(case: Case, variant: str) -> tuple[str, int]:
-    """Device and rows per tile of a variant; skips what the machine, the build or the variant cannot do, with why."""
-    entry = variants.BY_NAME[variant]
-    if variant == CPU:
-        return "cpu", 32
+def shape_of(case: Case) -> variants.Shape:
     features = [name for name in ("window_left", "logits_soft_cap") if getattr(case, name) > 0]
-    shape = variants.Shape(
+    return variants.Shape(
         num_qo_heads=case.num_heads,
         num_kv_heads=case.num_kv_heads,
         head_dim=case.head_dim,
@@ -39,10 +35,22 @@ def setup(case: Case, variant: str) -> tuple[str, int]:
         phase="decode" if case.decode else "prefill",
         features=(*features, "lse", *(["causal"] if case.causal else [])),
     )
-    reason = variants.why_not(entry, shape, variants.device_of("cuda"))
-    if reason:
+
+
+def why_not(case: Case, variant: str) -> str | None:
+    """What the machine, the build or the variant lacks for a case."""
+    if variant == CPU:
+        return None
+    return variants.why_not(variants.BY_NAME[variant], shape_of(case), variants.device_of("cuda"))
+
+
+def setup(case: Case, variant: str) -> tuple[str, int]:
+    """Device and rows per tile of a variant; skips what it cannot do here, with why."""
+    if variant == CPU:
+        return "cpu", 32
+    if reason := why_not(case, variant):
         pytest.skip(f"{variant} {reason}")
-    tiling = entry.tiling(shape)
+    tiling = variants.BY_NAME[variant].tiling(shape_of(case))
     assert tiling is not None
     return "cuda", tiling.rows_per_tile
 
@@ -378,14 +386,53 @@ def random_cases(draw: st.DrawFn) -> Case:
     )
 
 
+def runnable_cases(variant: str) -> st.SearchStrategy[Case]:
+    """Random cases that the variant can do. To skip one of the others would be to skip the test."""
+    if variant != CPU and (reason := variants.unavailable(variants.BY_NAME[variant], variants.device_of("cuda"))):
+        pytest.skip(f"{variant} {reason}")
+    return random_cases().filter(lambda case: why_not(case, variant) is None)
+
+
+RANDOM = settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much],
+)
+
+
 @pytest.mark.parametrize("variant", EVERY)
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(case=random_cases(), num_ctas=st.integers(1, 9))
-def test_random(variant: str, case: Case, num_ctas: int) -> None:
+@RANDOM
+@given(data=st.data(), num_ctas=st.integers(1, 9))
+def test_random(variant: str, data: st.DataObject, num_ctas: int) -> None:
+    case = data.draw(runnable_cases(variant))
     device, rows_per_tile = setup(case, variant)
     problem = make(case, device)
     plan = kit.make_plan(problem, rows_per_tile=rows_per_tile, num_ctas=num_ctas)
     kit.check(problem, *kit.attend(problem, plan, variant=variant, rows_per_tile=rows_per_tile))
+
+
+@pytest.mark.parametrize("variant", SPLITTING)
+@RANDOM
+@given(data=st.data(), split_keys=st.sampled_from([64, 128, 256]))
+def test_random_requests_do_not_depend_on_the_batch(variant: str, data: st.DataObject, split_keys: int) -> None:
+    """The others' logits are the larger ones."""
+    case = data.draw(runnable_cases(variant))
+    request = data.draw(st.integers(0, len(case.q_lens) - 1))
+    device, rows_per_tile = setup(case, variant)
+    problem = make(case, device)
+    first, last = problem.qo_indptr[[request, request + 1]].tolist()
+    problem.q[:first] *= 30
+    problem.q[last:] *= 30
+    alone = part_of(problem, slice(request, request + 1))
+    assume(alone.case.decode == case.decode)  # other kernels
+
+    def attend(some: Problem, num_ctas: int) -> tuple[torch.Tensor, torch.Tensor]:
+        plan = kit.make_plan(some, rows_per_tile=rows_per_tile, split_keys=split_keys, num_ctas=num_ctas)
+        return kit.attend(some, plan, variant=variant, rows_per_tile=rows_per_tile)
+
+    (out, lse), (out_alone, lse_alone) = attend(problem, 7), attend(alone, 3)
+    assert torch.equal(out[first:last], out_alone)
+    assert torch.equal(lse[first:last], lse_alone)
 
 
 @pytest.mark.parametrize("variant", CUDA)
