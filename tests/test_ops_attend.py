@@ -246,6 +246,44 @@ def test_fixed_splits_of_a_prefill_do_not_depend_on_the_batch(head_dim: int, var
     assert torch.equal(lse[:201], lse_alone)
 
 
+def chunk_of(problem: Problem, begin: int, end: int) -> Problem:
+    """Query tokens [begin, end) of the only request of a prefill, with the keys that are there by then."""
+    case = problem.case
+    new, kv_len = end - begin, case.kv_lens[0] - case.q_lens[0] + end
+    pages = -(-kv_len // case.page_size)
+    return replace(
+        problem,
+        case=replace(case, q_lens=(new,), kv_lens=(kv_len,)),
+        q=problem.q[begin:end],
+        qo_indptr=problem.qo_indptr.new_tensor([0, new]),
+        kv_indptr=problem.kv_indptr.new_tensor([0, pages]),
+        kv_indices=problem.kv_indices[:pages],
+        last_page_len=problem.last_page_len.new_tensor([kv_len - (pages - 1) * case.page_size]),
+    )
+
+
+# Of wmma_sm80 tiles of few queries, as the last of a chunk, are another algorithm's.
+@pytest.mark.parametrize("variant", [CPU, pytest.param("wgmma_sm90", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("group", [1, 3, 4, 5, 7])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_a_token_does_not_depend_on_where_its_chunk_begins(head_dim: int, group: int, variant: str) -> None:
+    """Where a prompt is cut hangs on the batch, and where it begins on what is cached."""
+    case = extend("a prompt", (300, 1500), num_heads=group, num_kv_heads=1, head_dim=head_dim)
+    device, rows_per_tile = setup(case, variant)
+    problem = make(case, device)
+    problem.q.mul_(4)
+
+    def attend(some: Problem) -> tuple[torch.Tensor, torch.Tensor]:
+        plan = kit.make_plan(some, rows_per_tile=rows_per_tile, split_keys=4096)
+        return kit.attend(some, plan, variant=variant, rows_per_tile=rows_per_tile)
+
+    out, lse = attend(problem)
+    for begin, end in ((0, 16), (16, 256), (256, 300)):  # at the boundaries of pages
+        out_of_chunk, lse_of_chunk = attend(chunk_of(problem, begin, end))
+        assert torch.equal(out[begin:end], out_of_chunk)
+        assert torch.equal(lse[begin:end], lse_of_chunk)
+
+
 @pytest.mark.parametrize("variant", EVERY)
 def test_queries_of_earlier_launches_are_not_seen(variant: str) -> None:
     """Seven query heads a KV head leave rows of a tile without a query: there on-chip memory is what it was before."""

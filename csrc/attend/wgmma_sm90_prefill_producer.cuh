@@ -119,9 +119,8 @@ __device__ Job job_of(const Tile& tile, int num_kv_heads) {
 template <typename Tr>
 __device__ void load_query(const AttendParams& p, const Maps& maps, Shared<Tr>& smem, uint32_t buffer, const Job& job) {
   const int group = p.num_qo_heads / p.num_kv_heads, tile_tokens = Tr::kRows / group;
-  // Behind the queries of a tile that is not full lie another request's. Where rows have a say in when the references
-  // of their neighbours are raised, these must not, and zeros take their place: TMA writes them for tokens that do not
-  // exist.
+  // Behind the queries of a tile that is not full lie another request's. Where warps look for rows with a new maximum,
+  // these must not make them look, and zeros take their place: TMA writes them for tokens that do not exist.
   constexpr bool kPadded = Tr::kLazy;
   const int tokens = job.blocks <= 0 ? 0 : kPadded || !job.packed ? tile_tokens : job.q_count;
   const bool in_one_box = !job.packed && (!kPadded || job.q_count == tile_tokens);

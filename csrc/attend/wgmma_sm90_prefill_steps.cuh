@@ -141,30 +141,38 @@ __device__ __forceinline__ int32_t limit_of(const RowState& rows, int i, float r
   return limit >= 0.0f ? __float_as_int(limit) : INT_MIN;
 }
 
-// Raises the references of the warp's rows to their largest logit so far; lazily (Traits) only if one of the rows has a
-// new maximum that counts. Returns whether it did: then O * factor[i] is due.
+// Raises the references of the warp's rows to their largest logit so far; lazily (Traits) those of rows that have a new
+// maximum that counts, and no others: what becomes of a row must not hang on the rows beside it, which are other
+// tokens' where its chunk begins elsewhere. Returns whether it looked for such rows: then O * factor[i] is due.
 template <typename Tr>
 __device__ __forceinline__ bool raise_references(const float (&s)[Tr::kBlockKeys / 2], RowState& rows, float scale_log2,
                                                  float (&factor)[2]) {
   const int32_t bits[2] = {largest_bits(s, 0), largest_bits(s, 1)};
+  const bool above[2] = {bits[0] >= rows.limit_bits[0], bits[1] >= rows.limit_bits[1]};
   if constexpr (Tr::kLazy) {
-    const bool above = bits[0] >= rows.limit_bits[0] || bits[1] >= rows.limit_bits[1];
-    if (!__any_sync(0xffffffff, above)) return false;
+    if (!__any_sync(0xffffffff, above[0] || above[1])) return false;
   }
   float largest[2] = {__int_as_float(bits[0]), __int_as_float(bits[1])};
   if (__any_sync(0xffffffff, min(bits[0], bits[1]) < 0)) {  // where all are negative the integers' order is the other
 #pragma unroll
     for (int i = 0; i < 2; ++i) largest[i] = largest_float(s, i);
     if constexpr (Tr::kLazy) {  // limits below 0 have let everything pass
-      const bool above = largest[0] > rows.reference[0] || largest[1] > rows.reference[1];
-      if (!__any_sync(0xffffffff, above)) return false;
+      const bool larger = largest[0] > rows.reference[0] || largest[1] > rows.reference[1];
+      if (!__any_sync(0xffffffff, larger)) return false;
     }
   }
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const float reference = fmaxf(rows.reference[i], quad_max(largest[i]));
-    if constexpr (Tr::kLazy) rows.limit_bits[i] = limit_of<Tr>(rows, i, reference, scale_log2);
     factor[i] = exp2_fast((rows.reference[i] - reference) * scale_log2);
+    if constexpr (Tr::kLazy) {
+      const bool raised = __ballot_sync(0xffffffff, above[i]) >> (threadIdx.x % 32 & ~3u) & 0xf;
+      if (!raised) {  // with selects instead, ptxas orders the exponentials otherwise
+        factor[i] = 1.0f;
+        continue;
+      }
+      rows.limit_bits[i] = limit_of<Tr>(rows, i, reference, scale_log2);
+    }
     rows.sum[i] *= factor[i];
     rows.reference[i] = reference;
   }
