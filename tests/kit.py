@@ -149,6 +149,14 @@ def attend(
     return out, lse
 
 
+def plan_and_attend(
+    problem: Problem, *, variant: str, rows_per_tile: int, num_ctas: int = 3, split_keys: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(out, lse)`` of the op over the planner's plan."""
+    plan = make_plan(problem, rows_per_tile=rows_per_tile, num_ctas=num_ctas, split_keys=split_keys)
+    return attend(problem, plan, variant=variant, rows_per_tile=rows_per_tile)
+
+
 def matmuls(case: Case) -> ops.CublasLtShape:
     """What variant cublaslt plans for a case."""
     return ops.CublasLtShape(

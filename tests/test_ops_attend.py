@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import cache, partial
 
 import kit
 import pytest
@@ -24,6 +25,11 @@ EVERY = [CPU, *CUDA]
 SPLITTING = [CPU, *(variant for variant in CUDA if variant.values != ("cublaslt",))]  # by a number of keys
 
 
+@cache
+def gpu() -> variants.Device:
+    return variants.device_of("cuda")
+
+
 def shape_of(case: Case) -> variants.Shape:
     features = [name for name in ("window_left", "logits_soft_cap") if getattr(case, name) > 0]
     return variants.Shape(
@@ -41,7 +47,7 @@ def why_not(case: Case, variant: str) -> str | None:
     """What the machine, the build or the variant lacks for a case."""
     if variant == CPU:
         return None
-    return variants.why_not(variants.BY_NAME[variant], shape_of(case), variants.device_of("cuda"))
+    return variants.why_not(variants.BY_NAME[variant], shape_of(case), gpu())
 
 
 def setup(case: Case, variant: str) -> tuple[str, int]:
@@ -60,10 +66,7 @@ def setup(case: Case, variant: str) -> tuple[str, int]:
 def test_planned(case: Case, variant: str) -> None:
     device, rows_per_tile = setup(case, variant)
     problem = make(case, device)
-    out, lse = kit.attend(
-        problem, kit.make_plan(problem, rows_per_tile=rows_per_tile), variant=variant, rows_per_tile=rows_per_tile
-    )
-    kit.check(problem, out, lse)
+    kit.check(problem, *kit.plan_and_attend(problem, variant=variant, rows_per_tile=rows_per_tile))
 
 
 @pytest.mark.parametrize("case", FP32, ids=str)
@@ -131,8 +134,7 @@ def test_logits_far_from_zero(levels: tuple[float, ...], head_dim: int, variant:
     column = torch.arange(len(pages), device=device) * len(levels) // len(pages)
     problem.q[..., 0] = 128.0
     problem.k_cache[pages, ..., 0] = torch.tensor(levels, device=device)[column][:, None, None].to(case.dtype)
-    plan = kit.make_plan(problem, rows_per_tile=rows_per_tile)
-    kit.check(problem, *kit.attend(problem, plan, variant=variant, rows_per_tile=rows_per_tile))
+    kit.check(problem, *kit.plan_and_attend(problem, variant=variant, rows_per_tile=rows_per_tile))
 
 
 HEADS = {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "page_size": 64}
@@ -219,11 +221,8 @@ def test_fixed_splits_do_not_depend_on_the_batch(others: int, variant: str) -> N
     together = decode("together", 500, 129, *(64 + 9 * i for i in range(others)))
     device, rows_per_tile = setup(together, variant)
     problem = make(together, device)
-    plan = kit.make_plan(problem, rows_per_tile=rows_per_tile, split_keys=128)
-    out, lse = kit.attend(problem, plan, variant=variant, rows_per_tile=rows_per_tile)
-    alone = part_of(problem, slice(1, 2))
-    plan = kit.make_plan(alone, rows_per_tile=rows_per_tile, split_keys=128, num_ctas=7)
-    out_alone, lse_alone = kit.attend(alone, plan, variant=variant, rows_per_tile=rows_per_tile)
+    attend = partial(kit.plan_and_attend, variant=variant, rows_per_tile=rows_per_tile, split_keys=128)
+    (out, lse), (out_alone, lse_alone) = attend(problem), attend(part_of(problem, slice(1, 2)), num_ctas=7)
     assert torch.equal(out[1:2], out_alone)
     assert torch.equal(lse[1:2], lse_alone)
 
@@ -237,10 +236,7 @@ def test_fixed_splits_of_a_prefill_do_not_depend_on_the_batch(head_dim: int, var
     problem = make(together, device)
     problem.q[201:] *= 30
 
-    def attend(some: Problem) -> tuple[torch.Tensor, torch.Tensor]:
-        plan = kit.make_plan(some, rows_per_tile=rows_per_tile, split_keys=2048)
-        return kit.attend(some, plan, variant=variant, rows_per_tile=rows_per_tile)
-
+    attend = partial(kit.plan_and_attend, variant=variant, rows_per_tile=rows_per_tile, split_keys=2048)
     (out, lse), (out_alone, lse_alone) = attend(problem), attend(part_of(problem, slice(0, 1)))
     assert torch.equal(out[:201], out_alone)
     assert torch.equal(lse[:201], lse_alone)
@@ -273,10 +269,7 @@ def test_a_token_does_not_depend_on_where_its_chunk_begins(head_dim: int, group:
     problem = make(case, device)
     problem.q.mul_(4)
 
-    def attend(some: Problem) -> tuple[torch.Tensor, torch.Tensor]:
-        plan = kit.make_plan(some, rows_per_tile=rows_per_tile, split_keys=4096)
-        return kit.attend(some, plan, variant=variant, rows_per_tile=rows_per_tile)
-
+    attend = partial(kit.plan_and_attend, variant=variant, rows_per_tile=rows_per_tile, split_keys=4096)
     out, lse = attend(problem)
     for begin, end in ((0, 16), (16, 256), (256, 300)):  # at the boundaries of pages
         out_of_chunk, lse_of_chunk = attend(chunk_of(problem, begin, end))
@@ -292,9 +285,7 @@ def test_queries_of_earlier_launches_are_not_seen(variant: str) -> None:
     problem = make(case, device)
     earlier = make(replace(case, q_lens=(2000,), num_heads=32), device)
 
-    def attend(some: Problem) -> tuple[torch.Tensor, torch.Tensor]:
-        plan = kit.make_plan(some, rows_per_tile=rows_per_tile, num_ctas=132)
-        return kit.attend(some, plan, variant=variant, rows_per_tile=rows_per_tile)
+    attend = partial(kit.plan_and_attend, variant=variant, rows_per_tile=rows_per_tile, num_ctas=132)
 
     def attend_after(left_behind: float) -> tuple[torch.Tensor, torch.Tensor]:
         attend(replace(earlier, q=torch.full_like(earlier.q, left_behind)))
@@ -351,12 +342,7 @@ def test_decode_tokens_of_a_mixed_batch_have_the_bits_of_a_decode_step(
         last_page_len=mixed.last_page_len[:tokens],
     )
     of_mixed, of_step = (
-        kit.attend(
-            problem,
-            kit.make_plan(problem, rows_per_tile=rows_per_tile, split_keys=64),
-            variant=variant,
-            rows_per_tile=rows_per_tile,
-        )
+        kit.plan_and_attend(problem, variant=variant, rows_per_tile=rows_per_tile, split_keys=64)
         for problem in (mixed, alone)
     )
     for together, single in zip(of_mixed, of_step, strict=True):
@@ -386,8 +372,7 @@ def test_what_lies_behind_the_last_key_is_not_read(variant: str, is_decode: bool
         page = int(problem.kv_indices[problem.kv_indptr[request + 1] - 1])
         problem.k_cache[page, last:] = torch.nan
         problem.v_cache[page, last:] = torch.nan
-    plan = kit.make_plan(problem, rows_per_tile=rows_per_tile)
-    kit.check(problem, *kit.attend(problem, plan, variant=variant, rows_per_tile=rows_per_tile))
+    kit.check(problem, *kit.plan_and_attend(problem, variant=variant, rows_per_tile=rows_per_tile))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -426,7 +411,7 @@ def random_cases(draw: st.DrawFn) -> Case:
 
 def runnable_cases(variant: str) -> st.SearchStrategy[Case]:
     """Random cases that the variant can do. To skip one of the others would be to skip the test."""
-    if variant != CPU and (reason := variants.unavailable(variants.BY_NAME[variant], variants.device_of("cuda"))):
+    if variant != CPU and (reason := variants.unavailable(variants.BY_NAME[variant], gpu())):
         pytest.skip(f"{variant} {reason}")
     return random_cases().filter(lambda case: why_not(case, variant) is None)
 
@@ -445,8 +430,8 @@ def test_random(variant: str, data: st.DataObject, num_ctas: int) -> None:
     case = data.draw(runnable_cases(variant))
     device, rows_per_tile = setup(case, variant)
     problem = make(case, device)
-    plan = kit.make_plan(problem, rows_per_tile=rows_per_tile, num_ctas=num_ctas)
-    kit.check(problem, *kit.attend(problem, plan, variant=variant, rows_per_tile=rows_per_tile))
+    result = kit.plan_and_attend(problem, variant=variant, rows_per_tile=rows_per_tile, num_ctas=num_ctas)
+    kit.check(problem, *result)
 
 
 @pytest.mark.parametrize("variant", SPLITTING)
@@ -464,11 +449,8 @@ def test_random_requests_do_not_depend_on_the_batch(variant: str, data: st.DataO
     alone = part_of(problem, slice(request, request + 1))
     assume(alone.case.decode == case.decode)  # other kernels
 
-    def attend(some: Problem, num_ctas: int) -> tuple[torch.Tensor, torch.Tensor]:
-        plan = kit.make_plan(some, rows_per_tile=rows_per_tile, split_keys=split_keys, num_ctas=num_ctas)
-        return kit.attend(some, plan, variant=variant, rows_per_tile=rows_per_tile)
-
-    (out, lse), (out_alone, lse_alone) = attend(problem, 7), attend(alone, 3)
+    attend = partial(kit.plan_and_attend, variant=variant, rows_per_tile=rows_per_tile, split_keys=split_keys)
+    (out, lse), (out_alone, lse_alone) = attend(problem, num_ctas=7), attend(alone)
     assert torch.equal(out[first:last], out_alone)
     assert torch.equal(lse[first:last], lse_alone)
 
@@ -477,7 +459,7 @@ def test_random_requests_do_not_depend_on_the_batch(variant: str, data: st.DataO
 @pytest.mark.parametrize("case", GATE, ids=lambda case: case.name)
 def test_a_whole_prefill_is_that_of_sdpa(case: PrefillCase, variant: str) -> None:
     """What this project's predecessor was held to."""
-    reason = variants.unavailable(variants.BY_NAME[variant], variants.device_of("cuda"))
+    reason = variants.unavailable(variants.BY_NAME[variant], gpu())
     if reason:
         pytest.skip(reason)
     assert sdpa_difference(case, variant) < 2e-3

@@ -103,7 +103,7 @@ __device__ void consume(const AttendParams& p, Shared<Tr>& smem) {
     const uint32_t slot = stage_of<kJobs>(tiles);
     output = locate_output(p.plan, smem.jobs[slot], consumer, group, p.num_qo_heads);
     mbarrier_arrive(&smem.job_done[slot]);
-    finish_rows<Tr>(p, rows, softmax_scale, output);
+    finish_rows(p, rows, softmax_scale, output);
   };
   // With two buffers of queries that is done beside the next tile's first matmul; one buffer has to be handed back.
   constexpr bool kFinishLate = Tr::kQueryBuffers > 1;
@@ -170,7 +170,7 @@ __device__ void consume(const AttendParams& p, Shared<Tr>& smem) {
     begin_pv();  // with no tile open its result is dropped: a matmul under a condition would not overlap
     turn_pass();
     if (kFinishLate && open) finish(tiles - 1);
-    locate_rows<Tr>(p, job, consumer, group, rows);
+    locate_rows(p, job, consumer, group, rows);
     first_of_all = __reduce_max_sync(0xffffffff, max(rows.first[0], rows.first[1]));
     last_of_all = __reduce_min_sync(0xffffffff, min(rows.last[0], rows.last[1]));
     wgmma_wait<1>();
@@ -275,7 +275,8 @@ cudaError_t make_maps(Maps& maps, const AttendParams& p) {
   const Queries queries{p.q,   p.dtype,      p.head_dim,       p.num_kv_heads,
                         group, p.num_tokens, p.q_stride_token, p.q_stride_head};
   cudaError_t error = make_query_map(&maps.q, queries, Tr::kRows / group);
-  if (error == cudaSuccess) error = make_query_map(&maps.q_some, queries, std::min(kSomeTokens, Tr::kRows / group));
+  if (error == cudaSuccess && Tr::kLazy)
+    error = make_query_map(&maps.q_some, queries, std::min(kSomeTokens, Tr::kRows / group));
   if (error == cudaSuccess) error = make_query_map(&maps.q_token, queries, 1);
   if (error == cudaSuccess) error = make_cache_maps(&maps.k, &maps.v, p, maps.box_keys, 1);
   return error;

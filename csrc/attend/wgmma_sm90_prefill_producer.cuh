@@ -92,7 +92,7 @@ class TileSchedule {
 // --- Producer --------------------------------------------------------------------------------------------------------
 
 struct Maps {
-  CUtensorMap q, q_some, q_token;  // boxes of a tile's tokens, of kSomeTokens and of one
+  CUtensorMap q, q_some, q_token;  // boxes of a tile's tokens, of kSomeTokens (kLazy) and of one
   CUtensorMap k, v;
   int32_t box_keys;  // keys of a box of k and v; divides page_size and kBlockKeys
 };
@@ -148,7 +148,7 @@ __device__ void load_query(const AttendParams& p, const Maps& maps, Shared<Tr>& 
 }
 
 // By the warp that fetches queries: zeros where no token's queries go, as the query heads of a KV head need not divide
-// a tile. What shared memory held before may be NaN, which counts as more than any logit.
+// a tile. What shared memory held before may be NaN, which would have a warp look in every block.
 template <typename Tr>
 __device__ void clear_unused_queries(const AttendParams& p, Shared<Tr>& smem) {
   const int group = p.num_qo_heads / p.num_kv_heads, used = Tr::kRows / group * group;

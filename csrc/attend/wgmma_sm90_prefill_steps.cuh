@@ -57,7 +57,6 @@ __device__ __forceinline__ int query_of(int consumer, int i) {
 }
 
 // What the thread's rows see of a tile, with nothing seen yet.
-template <typename Tr>
 __device__ __forceinline__ void locate_rows(const AttendParams& p, const Job& job, int consumer, Group group,
                                             RowState& rows) {
 #pragma unroll
@@ -261,7 +260,6 @@ __device__ __forceinline__ Output locate_output(const Plan& plan, const Job& job
 }
 
 // The sums of the thread's rows are complete: writes the LSE, and keeps what O is to be multiplied with.
-template <typename Tr>
 __device__ __forceinline__ void finish_rows(const AttendParams& p, const RowState& rows, float softmax_scale,
                                             Output& output) {
 #pragma unroll

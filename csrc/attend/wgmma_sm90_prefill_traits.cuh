@@ -20,7 +20,7 @@ struct Traits {
   static constexpr int kQueryBuffers = kQueryBuffers_;
   static constexpr bool kOrdered = kOrdered_;  // consumers issue their matmuls in turn, so that softmaxes are staggered
   static constexpr bool kSoftCap = kSoftCap_;
-  static constexpr bool kPacked = kPacked_;  // for packed rows only, which seldom fill a tile
+  static constexpr bool kPacked = kPacked_;  // for packed rows only
 
   static constexpr int kRows = 64 * kConsumers;
   static constexpr int kSlabs = kHeadDim / kSlab;
