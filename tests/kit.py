@@ -109,6 +109,7 @@ def attend(
     rows_per_tile: int = 32,
     workspace: torch.Tensor | None = None,
     fp32_scores: bool = True,
+    free_cuts: bool | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``(out, lse)`` of the op, from buffers full of NaN: what it does not write shows.
 
@@ -144,7 +145,7 @@ def attend(
         max_qo_len=max(case.q_lens, default=0),
         max_kv_len=max(case.kv_lens, default=0),
         fp32_scores=fp32_scores,
-        free_cuts=isinstance(plan, Plan) and plan.free_cuts,
+        free_cuts=isinstance(plan, Plan) and plan.free_cuts if free_cuts is None else free_cuts,
     )
     return out, lse
 

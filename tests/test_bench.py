@@ -19,7 +19,7 @@ import torch
 
 from flashcore_sglang import bench, reference
 from flashcore_sglang.bench import compare, decode, e2e, peers, plot, prefill, results, sparse, timing
-from flashcore_sglang.bench.accuracy import Error, overall, sample, token_error
+from flashcore_sglang.bench.accuracy import Error, Truth, sample, token_truth
 from flashcore_sglang.bench.cases import DECODE_SUITES, PREFILL_SUITES, DecodeCase, Heads, PrefillCase
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -482,15 +482,17 @@ def test_errors_are_found_and_nan_is_infinite() -> None:
     q = torch.randn(1, 8, 64, dtype=torch.float64)
     pages = torch.tensor([3, 0, 4], dtype=torch.int32)
     table = torch.tensor([0, 1]), torch.tensor([0, 3]), pages, torch.tensor([7])
-    out, _ = reference.paged_attention(q, k, v, *table)
-    visible = 2 * 16 + 7
-    right = token_error(out[0], q[0], k, v, pages, visible)
+    of_request, _ = reference.paged_attention(q, k, v, *table)
+    truth = Truth.of([(2, token_truth(q[0], k, v, pages, 2 * 16 + 7)), (0, torch.zeros(8, 64, dtype=torch.float64))])
+    out = torch.zeros(3, 8, 64, dtype=torch.float64)
+    out[1] = torch.nan  # of a token that is not looked at
+    out[2] = of_request[0]
+    right = truth.error(out)
     assert right.largest < 1e-12
     assert right.rms <= right.largest
-    out[0, 5, 3] += 0.25
-    assert token_error(out[0], q[0], k, v, pages, visible) == pytest.approx((0.25, 0.25 / math.sqrt(8 * 64)))
-    out[0, 5, 3] = torch.nan
-    assert token_error(out[0], q[0], k, v, pages, visible) == (math.inf, math.inf)
-    assert overall([Error(3.0, 0.3), Error(4.0, 0.4)]) == pytest.approx((4.0, 0.25 * math.sqrt(2)))
+    out[2, 5, 3] += 0.25
+    assert truth.error(out) == pytest.approx((0.25, 0.25 / math.sqrt(2 * 8 * 64)))
+    out[0, 0, 0] = torch.nan
+    assert truth.error(out) == (math.inf, math.inf)
     assert sample(100, 3) == [0, 49, 99]
     assert sample(2, 4) == [0, 1]

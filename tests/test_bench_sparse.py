@@ -8,7 +8,7 @@ import pytest
 import torch
 from plan_oracle import pages_listed
 
-from flashcore_sglang.bench.accuracy import token_error
+from flashcore_sglang.bench.accuracy import distance, token_truth
 from flashcore_sglang.bench.cases import Heads
 from flashcore_sglang.bench.sparse import SPARSE_CASES, SparseCase, Step, check
 from flashcore_sglang.planner import Count, Policy
@@ -104,7 +104,8 @@ def test_attention_over_lists_that_top_p_ends(device: str) -> None:
                 group, head = slice(4 * h, 4 * h + 4), slice(h, h + 1)
                 kv = sparse.k[:, :, head], sparse.v[:, :, head]
                 visible = count * CASE.page_size - sparse.missing
-                error = token_error(sparse.out[r, group], sparse.q[r, group], *kv, lists[r, h, :count], visible)
+                truth = token_truth(sparse.q[r, group], *kv, lists[r, h, :count], visible)
+                error = distance(sparse.out[r, group], truth)
                 assert error.largest < torch.finfo(torch.bfloat16).eps * sparse.out.abs().max().item()
     assert len(seen) > 2
     assert min(seen) < CASE.pages_read

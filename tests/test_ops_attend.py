@@ -31,7 +31,7 @@ def gpu() -> variants.Device:
 
 
 def shape_of(case: Case) -> variants.Shape:
-    features = [name for name in ("window_left", "logits_soft_cap") if getattr(case, name) > 0]
+    used = {"window_left": case.window_left >= 0, "logits_soft_cap": case.logits_soft_cap > 0, "causal": case.causal}
     return variants.Shape(
         num_qo_heads=case.num_heads,
         num_kv_heads=case.num_kv_heads,
@@ -39,7 +39,7 @@ def shape_of(case: Case) -> variants.Shape:
         page_size=case.page_size,
         dtype="fp16" if case.dtype == torch.float16 else "bf16",
         phase="decode" if case.decode else "prefill",
-        features=(*features, "lse", *(["causal"] if case.causal else [])),
+        features=("lse", *(name for name in used if used[name])),
     )
 
 
@@ -258,20 +258,32 @@ def chunk_of(problem: Problem, begin: int, end: int) -> Problem:
     )
 
 
-# Of wmma_sm80 tiles of few queries, as the last of a chunk, are another algorithm's.
-@pytest.mark.parametrize("variant", [CPU, pytest.param("wgmma_sm90", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("variant", SPLITTING)
 @pytest.mark.parametrize("group", [1, 3, 4, 5, 7])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
-def test_a_token_does_not_depend_on_where_its_chunk_begins(head_dim: int, group: int, variant: str) -> None:
-    """Where a prompt is cut hangs on the batch, and where it begins on what is cached."""
-    case = extend("a prompt", (300, 1500), num_heads=group, num_kv_heads=1, head_dim=head_dim)
+@pytest.mark.parametrize(("window_left", "levels"), [(-1, 0), (-1, 2), (700, 0)])
+def test_a_token_does_not_depend_on_where_its_chunk_begins(
+    window_left: int, levels: int, head_dim: int, group: int, variant: str
+) -> None:
+    """Where a prompt is cut hangs on the batch, and where it begins on what is cached.
+
+    With ``levels`` logits are few numbers, so that blocks have the same maximum, of some rows below 0, until the first
+    keys bring one that is a little larger.
+    """
+    case = extend("a prompt", (300, 1500), num_heads=group, num_kv_heads=1, head_dim=head_dim, window_left=window_left)
     device, rows_per_tile = setup(case, variant)
     problem = make(case, device)
     problem.q.mul_(4)
+    if levels:
+        problem.q[..., 1:] = 0
+        problem.q.clamp_(-levels, levels).round_()
+        problem.k_cache.clamp_(-levels, -1).round_()
+        problem.k_cache[problem.kv_indices[:4].long()] *= 1.0625
+        problem.q[256:258, :, 0] = -levels  # alone or among others with another sign
 
     attend = partial(kit.plan_and_attend, variant=variant, rows_per_tile=rows_per_tile, split_keys=4096)
     out, lse = attend(problem)
-    for begin, end in ((0, 16), (16, 256), (256, 300)):  # at the boundaries of pages
+    for begin, end in ((0, 16), (16, 256), (256, 258), (256, 300)):  # at the boundaries of pages
         out_of_chunk, lse_of_chunk = attend(chunk_of(problem, begin, end))
         assert torch.equal(out[begin:end], out_of_chunk)
         assert torch.equal(lse[begin:end], lse_of_chunk)
@@ -341,8 +353,15 @@ def test_decode_tokens_of_a_mixed_batch_have_the_bits_of_a_decode_step(
         kv_indices=mixed.kv_indices[: mixed.kv_indptr[tokens]],
         last_page_len=mixed.last_page_len[:tokens],
     )
+    # Free cuts: what wmma_sm80 may do with a mixed batch, whose tokens else have the bits of any other prefill.
     of_mixed, of_step = (
-        kit.plan_and_attend(problem, variant=variant, rows_per_tile=rows_per_tile, split_keys=64)
+        kit.attend(
+            problem,
+            kit.make_plan(problem, rows_per_tile=rows_per_tile, split_keys=64),
+            variant=variant,
+            rows_per_tile=rows_per_tile,
+            free_cuts=True,
+        )
         for problem in (mixed, alone)
     )
     for together, single in zip(of_mixed, of_step, strict=True):

@@ -341,7 +341,7 @@ void attend_tile(const AttendParams& params, const Tile& tile, std::vector<float
     last = std::max(last, end);
   }
   std::fill(work.o, work.o + rows * kHeadDim, 0.f);
-  first = std::max(first, tile.kv_begin);
+  first = tile.kv_begin + std::max(first - tile.kv_begin, 0) / kBlock * kBlock;  // whatever the queries beside one see
   last = std::min(last, tile.kv_end);
 
   const Keys<T> all_keys(params, row, kv_head);

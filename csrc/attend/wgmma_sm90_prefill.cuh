@@ -16,8 +16,6 @@
 
 #include <cuda_runtime.h>
 
-#include <algorithm>
-
 #include "attend/wgmma_sm90_prefill_producer.cuh"
 #include "attend/wgmma_sm90_prefill_steps.cuh"
 
@@ -275,8 +273,6 @@ cudaError_t make_maps(Maps& maps, const AttendParams& p) {
   const Queries queries{p.q,   p.dtype,      p.head_dim,       p.num_kv_heads,
                         group, p.num_tokens, p.q_stride_token, p.q_stride_head};
   cudaError_t error = make_query_map(&maps.q, queries, Tr::kRows / group);
-  if (error == cudaSuccess && Tr::kLazy)
-    error = make_query_map(&maps.q_some, queries, std::min(kSomeTokens, Tr::kRows / group));
   if (error == cudaSuccess) error = make_query_map(&maps.q_token, queries, 1);
   if (error == cudaSuccess) error = make_cache_maps(&maps.k, &maps.v, p, maps.box_keys, 1);
   return error;

@@ -92,11 +92,9 @@ class TileSchedule {
 // --- Producer --------------------------------------------------------------------------------------------------------
 
 struct Maps {
-  CUtensorMap q, q_some, q_token;  // boxes of a tile's tokens, of kSomeTokens (kLazy) and of one
-  CUtensorMap k, v;
-  int32_t box_keys;  // keys of a box of k and v; divides page_size and kBlockKeys
+  CUtensorMap q, q_token, k, v;  // q_token: boxes of one token, for rows whose tokens are scattered
+  int32_t box_keys;              // keys of a box of k and v; divides page_size and kBlockKeys
 };
-constexpr int kSomeTokens = 8;
 
 template <typename Tr>
 __device__ Job job_of(const Tile& tile, int num_kv_heads) {
@@ -118,31 +116,21 @@ __device__ Job job_of(const Tile& tile, int num_kv_heads) {
 // One thread: fetches the queries of a job, or none.
 template <typename Tr>
 __device__ void load_query(const AttendParams& p, const Maps& maps, Shared<Tr>& smem, uint32_t buffer, const Job& job) {
-  const int group = p.num_qo_heads / p.num_kv_heads, tile_tokens = Tr::kRows / group;
-  // Behind the queries of a tile that is not full lie another request's. Where warps look for rows with a new maximum,
-  // these must not make them look, and zeros take their place: TMA writes them for tokens that do not exist.
-  constexpr bool kPadded = Tr::kLazy;
-  const int tokens = job.blocks <= 0 ? 0 : kPadded || !job.packed ? tile_tokens : job.q_count;
-  const bool in_one_box = !job.packed && (!kPadded || job.q_count == tile_tokens);
+  const int group = p.num_qo_heads / p.num_kv_heads;
+  const int tokens = job.blocks <= 0 ? 0 : job.packed ? job.q_count : Tr::kRows / group;
   Mbarrier* const full = &smem.q_full[buffer];
   mbarrier_arrive_expect_tx(full, tokens * group * Tr::kHeadDim * sizeof(typename Tr::T));
   if (tokens == 0) return;
 #pragma unroll 1
   for (int slab = 0; slab < Tr::kSlabs; ++slab) {
-    const auto load = [&](const CUtensorMap& map, int i, int token) {
-      tma_load_query(smem.q[buffer][slab][i * group], &map, full, token, slab, job.kv_head, kEvictFirst);
-    };
-    if (in_one_box) {
-      load(maps.q, 0, job.q_begin);
+    if (!job.packed) {
+      tma_load_query(smem.q[buffer][slab][0], &maps.q, full, job.q_begin, slab, job.kv_head, kEvictFirst);
       continue;
     }
 #pragma unroll 1
-    for (int i = 0; i < tokens;) {
-      const bool none = i >= job.q_count;
-      const bool some = none ? i + kSomeTokens <= tokens : !job.packed && i + kSomeTokens <= job.q_count;
-      const int at = job.q_begin + i;
-      load(some ? maps.q_some : maps.q_token, i, none ? p.num_tokens : job.packed ? p.plan.row_tokens[at] : at);
-      i += some ? kSomeTokens : 1;
+    for (int i = 0; i < tokens; ++i) {
+      const int token = p.plan.row_tokens[job.q_begin + i];
+      tma_load_query(smem.q[buffer][slab][i * group], &maps.q_token, full, token, slab, job.kv_head, kEvictFirst);
     }
   }
 }

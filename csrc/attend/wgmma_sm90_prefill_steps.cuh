@@ -65,7 +65,7 @@ __device__ __forceinline__ void locate_rows(const AttendParams& p, const Job& jo
     rows.first[i] = job.kv_begin;
     rows.last[i] = job.kv_end - 1;
     rows.reference[i] = kNoReference;
-    rows.limit_bits[i] = INT_MIN;
+    rows.limit_bits[i] = index < job.q_count ? INT_MIN : INT_MAX;  // what stands behind the last query is no maximum
     rows.sum[i] = 0.0f;
     if (index < job.q_count && (p.causal || p.window_left >= 0)) {
       const int position =
@@ -165,7 +165,8 @@ __device__ __forceinline__ bool raise_references(const float (&s)[Tr::kBlockKeys
     const float reference = fmaxf(rows.reference[i], quad_max(largest[i]));
     factor[i] = exp2_fast((rows.reference[i] - reference) * scale_log2);
     if constexpr (Tr::kLazy) {
-      const bool raised = __ballot_sync(0xffffffff, above[i]) >> (threadIdx.x % 32 & ~3u) & 0xf;
+      const bool counts = above[i] && largest[i] > rows.reference[i];
+      const bool raised = __ballot_sync(0xffffffff, counts) >> (threadIdx.x % 32 & ~3u) & 0xf;
       if (!raised) {  // with selects instead, ptxas orders the exponentials otherwise
         factor[i] = 1.0f;
         continue;

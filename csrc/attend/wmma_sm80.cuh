@@ -16,7 +16,7 @@
 // Keys are found through an address table in shared memory, written one block ahead of the copies that read it, so
 // page sizes differ in nothing but the contents of that table.
 //
-// Method: FlashAttention-2 (Dao, 2023); the lazy rescale of O is FlashAttention-4's.
+// Method: FlashAttention-2 (Dao, 2023), whose rescale of O is left out where no row of a warp has a new maximum.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -244,11 +244,14 @@ __global__ void __launch_bounds__(kThreads, Traits::kCtasPerSm) attend_kernel(co
   int index = p.plan.cta_indptr[blockIdx.x];
   const int end = p.plan.cta_indptr[blockIdx.x + 1];
   if (threadIdx.x == 0 && index < end) shared.work[index % 2] = read_work(p, index);
+  // With fixed splits what becomes of a prompt's token must not hang on where the prompt is cut into chunks, and so on
+  // how many others are in its tile.
+  const bool may_be_short = p.decode || p.free_cuts;
   for (; index < end; ++index) {
     __syncthreads();  // the tile before is done with shared memory, and `work` has arrived
     const Work& work = shared.work[index % 2];
     Work* next = index + 1 < end ? &shared.work[(index + 1) % 2] : nullptr;
-    if (work.num_rows <= kShortRows) {
+    if (may_be_short && work.num_rows <= kShortRows) {
       attend_short<Traits>(p, work, shared, next, index + 1);
     } else {
       attend_tall<Traits>(p, work, shared, next, index + 1);

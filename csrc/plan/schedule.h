@@ -27,16 +27,28 @@ namespace flashcore {
 constexpr int32_t kSmallRow = 64;
 constexpr int32_t kSmallRowUnits = 16;
 
+// The largest block of keys that a kernel takes at once. With fixed splits a row begins at a multiple of it: which keys
+// share a block would else hang on where the window of the row's first token begins, and so on the chunk.
+constexpr int32_t kLargestBlock = 128;
+
+// The least multiple of both that is a number of pages; what divides kLargestBlock is a power of two.
+constexpr int32_t keys_of_whole_blocks(int32_t page_size) {
+  const int32_t common = page_size & -page_size;
+  return common < kLargestBlock ? page_size * (kLargestBlock / common) : page_size;
+}
+
 // What a plan is made from, and what follows from that alone.
 struct PlanJob : PlanParams {
   Divisor by_page, by_row, by_small_row, by_head;  // page_size, tokens of a row and of a small packed row, KV heads
+  Divisor by_begin;                                // of what a row's first key is a multiple
 
   explicit PlanJob(const PlanParams& p)
       : PlanParams(p),
         by_page(p.page_size),
         by_row(p.plan.rows_per_tile / p.group),
         by_small_row(std::max(std::min(p.plan.rows_per_tile, kSmallRow) / p.group, 1)),
-        by_head(p.num_kv_heads) {}
+        by_head(p.num_kv_heads),
+        by_begin(p.split_keys > 0 ? keys_of_whole_blocks(p.page_size) : p.page_size) {}
 };
 
 // Last index i of a non-decreasing indptr with indptr[i] <= value, knowing that indptr[low] <= value < indptr[high];
@@ -114,7 +126,7 @@ FLASHCORE_HD Row own_row(const PlanJob& p, const Request& request, int32_t r, in
   int32_t begin = 0, end = request.kv_len;
   if (p.causal && first_position + count < end) end = first_position + count;
   if (p.window_left >= 0 && first_position > p.window_left) {
-    begin = (first_position - p.window_left) / p.by_page * p.page_size;
+    begin = (first_position - p.window_left) / p.by_begin * p.by_begin.value;
   }
   return dense_row(p, request, r, request.q_begin + first, count, begin, end, kSole);
 }

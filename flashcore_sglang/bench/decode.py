@@ -9,13 +9,13 @@ import torch
 
 from .. import PagedAttention
 from . import peers
-from .accuracy import Error, overall, sample, token_error
+from .accuracy import Truth, sample, token_truth
 from .cases import DecodeCase
 from .compare import backend, compare, unmeasured
 from .results import Results
 from .timing import Method, measure_all
 
-_CHECKED = 4  # requests compared with fp64
+_CHECKED = 16  # requests compared with fp64
 _ERROR_SLACK = 1e-4  # absolute: one bf16 ulp of values below 0.03, which outputs over thousands of random keys are
 
 
@@ -56,18 +56,12 @@ def flashcore_call(
     return lambda: attention.run(q, (k, v), out=out)
 
 
-def error(
-    case: DecodeCase,
-    out: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    table: torch.Tensor,
-    lens: torch.Tensor,
-) -> Error:
-    """Distance of ``out``, like q, to fp64 over a few requests."""
-    return overall(
-        token_error(out[row], q[row], k, v, table[row, : -(-int(lens[row]) // case.page_size)], int(lens[row]))
+def truth_of(
+    case: DecodeCase, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table: torch.Tensor, lens: torch.Tensor
+) -> Truth:
+    """The output of some requests in fp64."""
+    return Truth.of(
+        (row, token_truth(q[row], k, v, table[row, : -(-int(lens[row]) // case.page_size)], int(lens[row])))
         for row in sample(case.batch, _CHECKED)
     )
 
@@ -111,7 +105,7 @@ def _run(
         results,
         case.name,
         calls,
-        error=lambda out: error(case, out, q, k, v, table, lens),
+        error=truth_of(case, q, k, v, table, lens).error,
         allowed=lambda of_peers: max(of_peers, default=math.inf) + _ERROR_SLACK,
         time=lambda present: measure_all(present, repeats, method=method),
         metric="tb_s",

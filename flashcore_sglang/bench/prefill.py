@@ -9,13 +9,13 @@ import torch
 
 from .. import PagedAttention
 from . import peers
-from .accuracy import Error, overall, sample, token_error
+from .accuracy import Truth, sample, token_truth
 from .cases import Heads, PrefillCase
 from .compare import backend, compare, unmeasured
 from .results import Results, Row
 from .timing import Method, Time, measure_all
 
-_CHECKED_ROWS = 8  # query tokens compared with fp64
+_CHECKED = 256  # query tokens compared with fp64
 _COPY_TB_S = 4.2  # read and written by a device-to-device copy on an H200
 _PER_HEAD = PrefillCase(16, 4096, Heads(96, 96), causal=False, dtype=torch.float16)  # once judged by the head
 _MAX_REPEATS_US = 4e5  # of device time spent on one cell
@@ -62,15 +62,17 @@ def flashcore_call(case: PrefillCase, variant: str, q: torch.Tensor, cache: tupl
     return lambda: attention.run(q, (k_cache, v_cache), out=out)
 
 
-def error(case: PrefillCase, out: torch.Tensor, q: torch.Tensor, cache: tuple[torch.Tensor, ...]) -> Error:
-    """Distance of ``out``, like q, to fp64 over a few query tokens."""
+def truth_of(case: PrefillCase, q: torch.Tensor, cache: tuple[torch.Tensor, ...]) -> Truth:
+    """The output of some query tokens in fp64; q and cache as those of ``peers.PREFILL``."""
     k_cache, v_cache, table, _ = cache
-    errors = []
-    for token in sample(q.shape[0], _CHECKED_ROWS):
+
+    def truth(token: int) -> torch.Tensor:
         request, index = divmod(token, case.new)
         visible = case.prefix + (index + 1 if case.causal else case.new)
-        errors.append(token_error(out[token], q[token], k_cache, v_cache, table[request], visible))
-    return overall(errors)
+        pages = table[request, : -(-visible // case.page_size)]
+        return token_truth(q[token], k_cache, v_cache, pages, visible)
+
+    return Truth.of((token, truth(token)) for token in sample(q.shape[0], _CHECKED))
 
 
 def sdpa_difference(case: PrefillCase, variant: str) -> float:
@@ -128,7 +130,7 @@ def _run(
         results,
         case.name,
         calls,
-        error=lambda out: error(case, out, q, cache),
+        error=truth_of(case, q, cache).error,
         allowed=lambda of_peers: 2 * min(of_peers, default=math.inf),
         time=lambda present: _time(present, repeats, method),
         metric="tflops",

@@ -20,7 +20,7 @@ from ..kernel import Kernel
 from ..planner import Capacity, Planner, PlannerOptions, Policy, Summaries, SummarySpec, make_planner
 from ..plugin import BACKEND
 from . import peers
-from .accuracy import sample, token_error
+from .accuracy import distance, sample, token_truth
 from .cases import DecodeCase, Heads
 from .results import OURS, Results
 from .timing import measure, measure_all
@@ -200,7 +200,8 @@ def list_error(step: Step) -> float:
             rows, head = slice(h * group, (h + 1) * group), slice(h, h + 1)
             pages = lists[r, h]
             keys, values = step.k[:, :, head], step.v[:, :, head]
-            worst = max(worst, token_error(step.out[r, rows], step.q[r, rows], keys, values, pages, visible).largest)
+            truth = token_truth(step.q[r, rows], keys, values, pages, visible)
+            worst = max(worst, distance(step.out[r, rows], truth).largest)
     return worst
 
 
