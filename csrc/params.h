@@ -89,11 +89,11 @@ enum Count : int32_t {
 constexpr int32_t kWholeShare = 1024;  // all SMs, for kPackedShare
 
 // Whether packed rows have a Hopper kernel of their own: it takes an SM half of the time that a kernel for all rows
-// does, and 10 us more to start, which pays where there are many requests. The kernel of the others takes tiles of up
+// does, and some us more to start, which pays where there are many requests. The kernel of the others takes tiles of up
 // to kMostApart query heads.
 constexpr int32_t kMostApart = 16;
 constexpr bool packs_apart(int32_t batch, int32_t num_kv_heads, int32_t group) {
-  return batch * num_kv_heads >= 1024 && group <= kMostApart;
+  return batch * num_kv_heads >= 512 && group <= kMostApart;
 }
 
 // A batch's work, in fixed-capacity device buffers so that one captured graph serves every batch of its size.

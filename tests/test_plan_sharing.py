@@ -65,6 +65,7 @@ def unique_pages(batch: Batch) -> int:
 
 
 HOPPER = {"num_kv_heads": 8, "group": 4, "rows_per_tile": 64, "num_ctas": 132}
+APART = {**HOPPER, "rows_per_tile": 128, "num_ctas": 264}
 
 TREES: dict[str, Batch] = {
     "one prefix": from_tree([Node(8192, leaves(64, 512))], 64, **HOPPER),
@@ -95,11 +96,11 @@ def test_rows_of_a_node_are_even() -> None:
 
 
 # 4 prefixes of 128 units of 64 keys, read by 4 rows each for one KV head, so 16 pairs for 33 CTAs; every request has
-# `own` units to itself. 16 rows of 128 units are as much as 512 requests of 4.
-@pytest.mark.parametrize("own, pieces", [(1, 2), (2, 3), (3, 3), (4, 4), (6, 4), (7, 2), (20, 2)])
+# `own` units to itself. 16 rows of 128 units are as much as 256 requests of 8.
+@pytest.mark.parametrize("own, pieces", [(2, 2), (4, 3), (6, 3), (8, 4), (12, 4), (14, 2), (40, 2)])
 def test_packed_rows_are_cut_finer_where_short_tiles_end_amid_them(own: int, pieces: int) -> None:
-    shape = {"num_kv_heads": 1, "group": 1, "rows_per_tile": 32, "num_ctas": 33}
-    batch = from_tree([Node(8192, leaves(128, 64 * own)) for _ in range(4)], 64, **shape)
+    shape = {"num_kv_heads": 1, "group": 1, "rows_per_tile": 16, "num_ctas": 33}
+    batch = from_tree([Node(8192, leaves(64, 64 * own)) for _ in range(4)], 64, **shape)
     view = check_plan(batch.plan(), batch)
     packed = [pair for pair, row in enumerate(view.rows) if row.flags & PACKED]
     assert len(packed) == 16
@@ -108,7 +109,7 @@ def test_packed_rows_are_cut_finer_where_short_tiles_end_amid_them(own: int, pie
 
 @pytest.mark.parametrize("group, pieces", [(16, 2), (17, 4)])
 def test_where_one_kernel_takes_all_rows_packed_ones_are_cut_finer(group: int, pieces: int) -> None:
-    """1024 pairs and up to 16 query heads a KV head: packed rows are another kernel's."""
+    """512 pairs or more and up to 16 query heads a KV head: packed rows are another kernel's."""
     shape = {"num_kv_heads": 2, "group": group, "rows_per_tile": 32 * group, "num_ctas": 66}
     batch = from_tree([Node(8192, leaves(128, 256)) for _ in range(4)], 64, **shape)
     view = check_plan(batch.plan(), batch)
@@ -172,10 +173,10 @@ def test_packed_tiles_are_as_long_as_a_share(units: int, own: int, longest: int)
     assert max(tile[2] - tile[1] for tile in tiles) == 64 * longest
 
 
-# 64 requests of 4 query heads, 132 CTAs: 16 units of 8 KV heads for each of these are 264 units of all rows.
-@pytest.mark.parametrize("units, queries", [(66, 64), (67, 128)])
+# 64 requests of 4 query heads, 132 CTAs: 16 units of 4 KV heads for each of these are 528 units of all rows.
+@pytest.mark.parametrize("units, queries", [(132, 64), (133, 128)])
 def test_rows_are_small_where_little_is_packed(units: int, queries: int) -> None:
-    shape = {**HOPPER, "rows_per_tile": 128}
+    shape = {**HOPPER, "num_kv_heads": 4, "rows_per_tile": 128}
     batch = from_tree([Node(64 * units, leaves(64, 100))], 64, **shape)
     view = check_plan(batch.plan(), batch)
     assert {4 * len(row.tokens) for row in view.rows if row.flags & PACKED} == {queries}
@@ -442,8 +443,8 @@ def test_attention_over_packed_rows(name: str, variant: str) -> None:
 
 
 # So many requests and KV heads that packed rows are another kernel's on Hopper: rows of up to 128 queries, full and
-# not, of two levels, some of which are read by several rows; and requests that have no keys of their own.
-APART = {"num_kv_heads": 8, "group": 4, "rows_per_tile": 128, "num_ctas": 264}
+# not, of two levels, some of which are read by several rows, more of them than a CTA knows at once; and requests that
+# have no keys of their own.
 READ_APART = [Node(512, [Node(320, leaves(70, 40)), Node(256, leaves(70, 130))])]
 ATTENDED_APART: dict[str, Batch] = {
     "two levels": from_tree(READ_APART, 64, **APART),
@@ -451,6 +452,10 @@ ATTENDED_APART: dict[str, Batch] = {
     "group 7": from_tree([Node(640, leaves(257, 40))], 64, **{**APART, "group": 7, "num_kv_heads": 4}),
     "few queries a row": from_tree([Node(640, leaves(9, 100)) for _ in range(15)], 64, **APART),
     "whole pages to the end": Batch([list(range(10))] * 128, [640] * 128, page_size=64, **APART),
+    "half as many": from_tree([Node(2304, leaves(66, 90))], 64, **APART),
+    "33 and 34 rows of the same keys": from_tree(
+        [Node(128, leaves(66, 20)), Node(192, leaves(68, 20))], 64, **{**APART, "group": 1, "rows_per_tile": 2}
+    ),
 }
 
 

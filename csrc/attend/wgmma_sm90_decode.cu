@@ -5,15 +5,16 @@
 //
 // Grid   persistent CTAs, two to an SM. One launch serves tiles of few packed queries (one request's group) and of many
 //        (requests that share pages): where there are only the former, a CTA takes its range of the plan; where there
-//        are both, half of the CTAs begin with the tall tiles, half with the short ones (Dealer). Large steps have the
-//        tall tiles in a kernel of their own (wgmma_sm90_decode_packed.cu), on SMs that this one leaves to it.
-//        Behind select it begins while that still runs: the KV warp alone waits for it, before it reads a page list.
+//        are both, half of the CTAs begin with the tall tiles, half with the short ones (Dealer). Steps of many
+//        requests have the tall tiles in a kernel of their own (wgmma_sm90_decode_packed.cu), on SMs that this one
+//        leaves to it. Behind select it begins while that still runs: the KV warp alone waits for it, before it reads a
+//        page list.
 // Block  256 threads: a warpgroup of consumers; a warp that keeps a ring of KV stages full by TMA, one box a page, and
 //        runs ahead across tiles; a warp that fetches the next tile's queries; two that leave.
 // Shared stages of 64 keys (K and V, 128-byte swizzle: ldmatrix and wgmma both read it as it lands), the queries of one
 //        tile, what is to know of the tile. 192 KB can be in flight to an SM, 128 KB where tiles hold 128 queries.
 //
-// Where no pages are shared, and the step is not a large one, a smaller kernel does the same
+// Where no pages are shared, and the requests are not that many, a smaller kernel does the same
 // (wgmma_sm90_decode_few.cuh): it starts 3 us earlier, its merge 2 us. Steps of up to 32 packed queries are all its
 // own, and others where the host knows that nothing is shared. Else the plan decides, on the device: both are launched,
 // the smaller one first. Where it works, this one leaves while its last CTAs end (0.2 us); where this one works, that

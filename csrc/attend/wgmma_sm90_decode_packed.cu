@@ -8,8 +8,8 @@
 //
 // Measured on an H200 (32 query and 8 KV heads of 128, bf16, pages of 64), us with the merge, one kernel for all rows /
 // two: 512 requests over 4 prefixes of 8192 keys with 256 of their own 258 / 206, 1024 over 8 of them 496 / 395, 512 x
-// 8320 207 / 188, 128 over 4 of 32768 205 / 183; 128 x 1280, 1024 of them shared, 49 / 48 to 54. Of that, tiles of the
-// same keys in turns: 30 us, since L2 does not hold them until the next row comes by.
+// 8320 207 / 186, 128 over 4 of 32768 205 / 182, 64 over one of 65536 190 / 168, of 16384 78 / 73, of 1024 30 / 31. Of
+// that, tiles of the same keys in turns: 30 us, since L2 does not hold them until the next row comes by.
 #include <cuda_runtime.h>
 
 #include "attend/wgmma_sm90_decode.h"
@@ -20,30 +20,53 @@ namespace flashcore::decode90 {
 namespace {
 
 // The tiles of packed rows in the order in which they are taken: rows of the same keys, which follow each other, take
-// turns, so that all but the first find a tile's keys in L2.
+// turns, so that all but the first find a tile's keys in L2. What has to be known of 31 rows comes at once, a lane
+// each: where a step begins, each trip to memory counts.
 class PackedOrder {
  public:
-  __device__ PackedOrder(const Plan& plan, int num_kv_heads) : plan_(plan), num_heads_(num_kv_heads) {}
+  __device__ PackedOrder(const Plan& plan, int num_kv_heads)
+      : plan_(plan),
+        num_heads_(num_kv_heads),
+        num_rows_(load_kept(plan.counts + kRowsPacked)),
+        num_tiles_(plan.tile_indptr[num_rows_ * num_kv_heads]) {
+    load(0);
+  }
 
+  __device__ int num_tiles() const { return num_tiles_; }
+
+  // The tile to take i-th; all lanes of a warp, which does not go back.
   __device__ int tile(int i) {
-    if (i < first_ || i >= end_) open(i);
+    if (i >= end_) open(i);
     const int in_rows = i - first_;
     return first_ + in_rows % rows_ * row_tiles_ + in_rows / rows_;
   }
 
  private:
+  static constexpr int kLast = 31;
+
+  __device__ int begin_of(int row) const { return plan_.tile_indptr[row * num_heads_]; }
+  __device__ void load(int base) {
+    const int row = base + static_cast<int>(threadIdx.x % 32);
+    base_ = base;
+    begin_ = begin_of(min(row, num_rows_));
+    flags_ = plan_.rows[min(row, num_rows_ - 1)].flags;
+  }
+  // The rows that tile i is of.
   __device__ void open(int i) {
-    const int row = plan_.tiles[i].pair / num_heads_;
-    const auto [rank, rows] = AlikeRows::of(plan_.rows[row].flags);
-    const int32_t* const indptr = plan_.tile_indptr + (row - rank) * num_heads_;
+    while (__shfl_sync(~0u, begin_, kLast) <= i) load(base_ + kLast);
+    const int lane = kLast - __clz(__ballot_sync(~0u, begin_ <= i));
+    const auto [rank, rows] = AlikeRows::of(__shfl_sync(~0u, flags_, lane));
+    const int first_lane = lane - rank;
+    const bool here = first_lane >= 0;
+    first_ = here ? __shfl_sync(~0u, begin_, first_lane) : begin_of(base_ + first_lane);
+    row_tiles_ = (here ? __shfl_sync(~0u, begin_, first_lane + 1) : begin_of(base_ + first_lane + 1)) - first_;
     rows_ = max(rows, 1);
-    first_ = indptr[0];
-    row_tiles_ = indptr[num_heads_] - first_;
     end_ = first_ + rows_ * row_tiles_;
   }
 
   const Plan& plan_;
-  const int num_heads_;
+  const int num_heads_, num_rows_, num_tiles_;
+  int base_, begin_, flags_;  // lane l: where the tiles of row base_ + l begin, and its flags
   int first_ = 0, end_ = 0, rows_ = 1, row_tiles_ = 0;
 };
 
@@ -53,8 +76,7 @@ class PackedTiles {
   __device__ explicit PackedTiles(const AttendParams& p)
       : order_(p.plan, p.num_kv_heads),
         cursor_(reinterpret_cast<unsigned*>(p.plan.counts + kNextTile)),
-        at_once_(left_sms(p)),
-        num_tiles_(p.plan.tile_indptr[p.plan.counts[kRowsPacked] * p.num_kv_heads]) {}
+        at_once_(left_sms(p)) {}
 
   // The next tile, or -1; called by one whole warp.
   __device__ int take() {
@@ -62,18 +84,18 @@ class PackedTiles {
     if (begun_ || i >= at_once_) {
       // Every CTA asks once in vain, but for those that begin at once and find no tile. The last one to ask wraps the
       // cursor to 0, ready for the next launch.
-      const unsigned times = num_tiles_ - at_once_ + gridDim.x;
+      const unsigned times = order_.num_tiles() - at_once_ + gridDim.x;
       if (threadIdx.x % 32 == 0) i = at_once_ + atomicInc(cursor_, times - 1);
       i = __shfl_sync(~0u, i, 0);
     }
     begun_ = true;
-    return i < num_tiles_ ? order_.tile(i) : -1;
+    return i < order_.num_tiles() ? order_.tile(i) : -1;
   }
 
  private:
   PackedOrder order_;
   unsigned* const cursor_;
-  const int at_once_, num_tiles_;
+  const int at_once_;
   bool begun_ = false;
 };
 

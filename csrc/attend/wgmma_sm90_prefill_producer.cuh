@@ -113,25 +113,25 @@ __device__ Job job_of(const Tile& tile, int num_kv_heads) {
   };
 }
 
-// One thread: fetches the queries of a job, or none.
+// One warp: fetches the queries of a job, or none.
 template <typename Tr>
 __device__ void load_query(const AttendParams& p, const Maps& maps, Shared<Tr>& smem, uint32_t buffer, const Job& job) {
   const int group = p.num_qo_heads / p.num_kv_heads;
   const int tokens = job.blocks <= 0 ? 0 : job.packed ? job.q_count : Tr::kRows / group;
   Mbarrier* const full = &smem.q_full[buffer];
-  mbarrier_arrive_expect_tx(full, tokens * group * Tr::kHeadDim * sizeof(typename Tr::T));
-  if (tokens == 0) return;
+  if (threadIdx.x == 0) mbarrier_arrive_expect_tx(full, tokens * group * Tr::kHeadDim * sizeof(typename Tr::T));
+  const auto load = [&](const CUtensorMap& map, int i, int token) {
 #pragma unroll 1
-  for (int slab = 0; slab < Tr::kSlabs; ++slab) {
-    if (!job.packed) {
-      tma_load_query(smem.q[buffer][slab][0], &maps.q, full, job.q_begin, slab, job.kv_head, kEvictFirst);
-      continue;
+    for (int slab = 0; slab < Tr::kSlabs; ++slab) {
+      tma_load_query(smem.q[buffer][slab][i * group], &map, full, token, slab, job.kv_head, kEvictFirst);
     }
+  };
+  if (job.packed) {  // the tokens are scattered; each lane knows where its own are
+    __syncwarp();
 #pragma unroll 1
-    for (int i = 0; i < tokens; ++i) {
-      const int token = p.plan.row_tokens[job.q_begin + i];
-      tma_load_query(smem.q[buffer][slab][i * group], &maps.q_token, full, token, slab, job.kv_head, kEvictFirst);
-    }
+    for (int i = threadIdx.x; i < tokens; i += 32) load(maps.q_token, i, p.plan.row_tokens[job.q_begin + i]);
+  } else if (tokens > 0 && threadIdx.x == 0) {
+    load(maps.q, 0, job.q_begin);
   }
 }
 
@@ -174,10 +174,10 @@ __device__ void announce_tiles(const AttendParams& p, const Maps& maps, Shared<T
     }
     // With one buffer of queries the tile before has to be done with it.
     if (Tr::kQueryBuffers == 1) mbarrier_wait(&smem.job_done[slot ^ 1], parity_of<kJobs>(tiles + 1) ^ 1);
-    if (threadIdx.x == 0) {
-      if (t >= 0 && !job.packed) smem.jobs[slot].position = p.plan.positions[job.q_begin] - job.kv_pos;
-      load_query(p, maps, smem, buffer, job);
+    if (threadIdx.x == 0 && t >= 0 && !job.packed) {
+      smem.jobs[slot].position = p.plan.positions[job.q_begin] - job.kv_pos;
     }
+    load_query(p, maps, smem, buffer, job);
     __syncwarp();
     if (t < 0) return;
   }

@@ -173,6 +173,20 @@ inline std::vector<Case> check_cases() {
                    .levels = {{260, 1024}, {52, 640}}});
   cases.push_back(
       {.name = "apart without own keys", .kv_lens = std::vector<int>(128, 2048), .levels = {{128, 1024}, {64, 1024}}});
+  for (int head_dim : {64, 128}) {
+    Case c{.name = "apart 70 d" + std::to_string(head_dim), .head_dim = head_dim};
+    for (int r = 0; r < 70; ++r) c.kv_lens.push_back(5200 + 37 * (r % 11));
+    for (int prefix : {640, 5184}) {
+      c.levels = {{70, prefix}};
+      cases.push_back(c);
+      c.name += "'";
+    }
+  }
+  cases.push_back({.name = "apart 35 rows of the same keys",
+                   .kv_lens = std::vector<int>(1120, 700),
+                   .num_qo_heads = 8,
+                   .num_kv_heads = 2,
+                   .levels = {{1120, 576}}});
   return cases;
 }
 
@@ -247,7 +261,10 @@ inline std::vector<Timed> time_cases() {
       dense(16, 8192, 0, 1.03),
       dense(16, 32768, 0, 1.03),
       dense(16, 131072, 1946, 1.0),
+      dense(32, 1024, 0, 1.03),
+      dense(32, 8192, 0, 1.03),
       dense(64, 1024, 84.8, 0.88),
+      dense(64, 2048, 0, 1.03),
       dense(64, 8192, 504, 1.03),
       dense(128, 1024, 0, 1.03),
       dense(256, 1024, 0, 1.03),
@@ -284,6 +301,10 @@ inline std::vector<Timed> time_cases() {
       shared(1024, 8448, {{128, 8192}}, 0, 0),
       shared(256, 16640, {{64, 16384}}, 0, 0),
       shared(128, 33024, {{32, 32768}}, 0, 0),
+      shared(16, 6144, {{16, 4096}}, 0, 0),
+      shared(32, 1280, {{32, 1024}}, 0, 0),
+      shared(32, 2304, {{32, 2048}}, 0, 0),
+      shared(32, 16640, {{32, 16384}}, 0, 0),
       shared(64, 1280, {{64, 1024}}, 0, 0),
       shared(64, 16640, {{64, 16384}}, 0, 0),
       shared(32, 65920, {{32, 65536}}, 0, 0),
