@@ -173,10 +173,11 @@ def test_packed_tiles_are_as_long_as_a_share(units: int, own: int, longest: int)
     assert max(tile[2] - tile[1] for tile in tiles) == 64 * longest
 
 
-# 64 requests of 4 query heads, 132 CTAs: 16 units of 4 KV heads for each of these are 528 units of all rows.
-@pytest.mark.parametrize("units, queries", [(132, 64), (133, 128)])
-def test_rows_are_small_where_little_is_packed(units: int, queries: int) -> None:
-    shape = {**HOPPER, "num_kv_heads": 4, "rows_per_tile": 128}
+# 64 requests of 4 query heads, 132 CTAs. 16 units of 4 KV heads for each of these are 528 units of all rows; with 8 KV
+# heads packed rows have a kernel of their own, and 8 units for each CTA are 132.
+@pytest.mark.parametrize("kv_heads, units, queries", [(4, 132, 64), (4, 133, 128), (8, 33, 64), (8, 34, 128)])
+def test_rows_are_small_where_little_is_packed(kv_heads: int, units: int, queries: int) -> None:
+    shape = {**HOPPER, "num_kv_heads": kv_heads, "rows_per_tile": 128}
     batch = from_tree([Node(64 * units, leaves(64, 100))], 64, **shape)
     view = check_plan(batch.plan(), batch)
     assert {4 * len(row.tokens) for row in view.rows if row.flags & PACKED} == {queries}

@@ -204,7 +204,8 @@ class Builder {
     total.small_rows = p.by_small_row.value < p.by_row.value;
     RequestSum whole = place_requests();
     const bool pays = packing_pays(p, whole);
-    const bool much = total.small_rows && int64_t{whole.node_units} * p.num_kv_heads > kSmallRowUnits * plan.num_ctas;
+    const int32_t little = packs_apart(p.batch, p.num_kv_heads, p.group) ? kSmallRowUnitsApart : kSmallRowUnits;
+    const bool much = total.small_rows && int64_t{whole.node_units} * p.num_kv_heads > little * plan.num_ctas;
     if (total.share && (!pays || much)) {
       total.share = pays;
       total.small_rows = false;

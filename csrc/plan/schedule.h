@@ -23,9 +23,9 @@ namespace flashcore {
 // Packed rows hold this many queries, where rows may hold more and little is packed: they take less code of the Hopper
 // kernel, which a small step waits for, and twice the bytes from L2, which a large one does (8 query heads of one KV
 // head, 64 requests over 4096 keys: 19 us with rows of 64, 34 with rows of 128; 64 over 65536, 32 query and 8 KV heads:
-// 235 and 190). Much is more than so many units a CTA.
+// 235 and 190). Much is more than so many units a CTA; less, where packed rows have a kernel of their own.
 constexpr int32_t kSmallRow = 64;
-constexpr int32_t kSmallRowUnits = 16;
+constexpr int32_t kSmallRowUnits = 16, kSmallRowUnitsApart = 8;
 
 // The largest block of keys that a kernel takes at once. With fixed splits a row begins at a multiple of it: which keys
 // share a block would else hang on where the window of the row's first token begins, and so on the chunk.
