@@ -35,11 +35,13 @@ inline bool are_alone(const Params& params) {
   return !p.plan.may_pack() && params.group <= kFewQueries && has_short_strides(p);
 }
 
-// Whether packed rows, if there are any, have a kernel of their own.
+// Whether packed rows, if there are any, have a kernel of their own. Behind select, where there are few of them and the
+// smaller kernel mostly does the work, from twice as many requests on.
 static_assert(kMostApart <= kShortQueries);
 inline bool are_apart(const Params& params) {
   const AttendParams& p = params.attend;
-  return p.plan.may_pack() && packs_apart(p.batch, p.num_kv_heads, params.group);
+  const int32_t requests = p.lists_begin > 0 ? p.batch / 2 : p.batch;
+  return p.plan.may_pack() && packs_apart(requests, p.num_kv_heads, params.group);
 }
 
 // Launches a kernel of a step on its stream; before the one in front of it ends, where that is select, or the first of
