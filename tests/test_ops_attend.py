@@ -270,7 +270,7 @@ def test_a_token_does_not_depend_on_where_its_chunk_begins(
     With ``levels`` logits are few numbers, so that blocks have the same maximum, of some rows below 0, until the first
     keys bring one that is a little larger.
     """
-    case = extend("a prompt", (300, 1500), num_heads=group, num_kv_heads=1, head_dim=head_dim, window_left=window_left)
+    case = extend("a prompt", (300, 1000), num_heads=group, num_kv_heads=1, head_dim=head_dim, window_left=window_left)
     device, rows_per_tile = setup(case, variant)
     problem = make(case, device)
     problem.q.mul_(4)
