@@ -51,15 +51,17 @@ class PackedOrder {
     begin_ = begin_of(min(row, num_rows_));
     flags_ = plan_.rows[min(row, num_rows_ - 1)].flags;
   }
+  // Of the row of a lane, or, below 0, of one that came before; the same for all lanes.
+  __device__ int begin_at(int lane) const {
+    return lane >= 0 ? __shfl_sync(~0u, begin_, lane) : begin_of(base_ + lane);
+  }
   // The rows that tile i is of.
   __device__ void open(int i) {
     while (__shfl_sync(~0u, begin_, kLast) <= i) load(base_ + kLast);
     const int lane = kLast - __clz(__ballot_sync(~0u, begin_ <= i));
     const auto [rank, rows] = AlikeRows::of(__shfl_sync(~0u, flags_, lane));
-    const int first_lane = lane - rank;
-    const bool here = first_lane >= 0;
-    first_ = here ? __shfl_sync(~0u, begin_, first_lane) : begin_of(base_ + first_lane);
-    row_tiles_ = (here ? __shfl_sync(~0u, begin_, first_lane + 1) : begin_of(base_ + first_lane + 1)) - first_;
+    first_ = begin_at(lane - rank);
+    row_tiles_ = begin_at(lane - rank + 1) - first_;
     rows_ = max(rows, 1);
     end_ = first_ + rows_ * row_tiles_;
   }

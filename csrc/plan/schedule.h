@@ -7,6 +7,7 @@
 #pragma once
 
 #include <algorithm>
+#include <numeric>
 
 #include "arithmetic.h"
 #include "params.h"
@@ -31,12 +32,6 @@ constexpr int32_t kSmallRowUnits = 16, kSmallRowUnitsApart = 8;
 // share a block would else hang on where the window of the row's first token begins, and so on the chunk.
 constexpr int32_t kLargestBlock = 128;
 
-// The least multiple of both that is a number of pages; what divides kLargestBlock is a power of two.
-constexpr int32_t keys_of_whole_blocks(int32_t page_size) {
-  const int32_t common = page_size & -page_size;
-  return common < kLargestBlock ? page_size * (kLargestBlock / common) : page_size;
-}
-
 // What a plan is made from, and what follows from that alone.
 struct PlanJob : PlanParams {
   Divisor by_page, by_row, by_small_row, by_head;  // page_size, tokens of a row and of a small packed row, KV heads
@@ -48,7 +43,7 @@ struct PlanJob : PlanParams {
         by_row(p.plan.rows_per_tile / p.group),
         by_small_row(std::max(std::min(p.plan.rows_per_tile, kSmallRow) / p.group, 1)),
         by_head(p.num_kv_heads),
-        by_begin(p.split_keys > 0 ? keys_of_whole_blocks(p.page_size) : p.page_size) {}
+        by_begin(p.split_keys > 0 ? std::lcm(p.page_size, kLargestBlock) : p.page_size) {}
 };
 
 // Last index i of a non-decreasing indptr with indptr[i] <= value, knowing that indptr[low] <= value < indptr[high];

@@ -174,12 +174,12 @@ inline std::vector<Case> check_cases() {
   cases.push_back(
       {.name = "apart without own keys", .kv_lens = std::vector<int>(128, 2048), .levels = {{128, 1024}, {64, 1024}}});
   for (int head_dim : {64, 128}) {
-    Case c{.name = "apart 70 d" + std::to_string(head_dim), .head_dim = head_dim};
-    for (int r = 0; r < 70; ++r) c.kv_lens.push_back(5200 + 37 * (r % 11));
     for (int prefix : {640, 5184}) {
-      c.levels = {{70, prefix}};
+      Case c{.name = "apart 70 over " + std::to_string(prefix) + " d" + std::to_string(head_dim),
+             .head_dim = head_dim,
+             .levels = {{70, prefix}}};
+      for (int r = 0; r < 70; ++r) c.kv_lens.push_back(5200 + 37 * (r % 11));
       cases.push_back(c);
-      c.name += "'";
     }
   }
   cases.push_back({.name = "apart 35 rows of the same keys",
