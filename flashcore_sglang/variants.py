@@ -91,8 +91,8 @@ VARIANTS = (
         page_sizes=(16, 32, 64, 128),  # a TMA box is one page of a KV head
         decode=dict.fromkeys((64, 128), Tiling(rows_per_tile=128, ctas_per_sm=2, pack_keys=1152)),
         prefill={
-            64: Tiling(rows_per_tile=192, ctas_per_sm=1, pairs_per_cta=4),  # three consumer warpgroups
-            **dict.fromkeys((128, 256), Tiling(rows_per_tile=128, ctas_per_sm=1, pairs_per_cta=4)),
+            **dict.fromkeys((64, 128), Tiling(rows_per_tile=192, ctas_per_sm=1, pairs_per_cta=4)),
+            256: Tiling(rows_per_tile=128, ctas_per_sm=1, pairs_per_cta=4),
         },
     ),
     Variant(

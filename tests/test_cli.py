@@ -44,7 +44,7 @@ def test_variants_of_another_machine(capsys: pytest.CaptureFixture[str]) -> None
     shown = json.loads(capsys.readouterr().out)
     assert [variant["name"] for variant in shown["variants"]] == [variant.name for variant in VARIANTS]
     assert shown["choice"]["variant"] == "wgmma_sm90"
-    assert shown["choice"]["tiling"]["rows_per_tile"] == 128
+    assert shown["choice"]["tiling"]["rows_per_tile"] == 192
 
 
 def test_variants_table_names_the_reasons(capsys: pytest.CaptureFixture[str]) -> None:

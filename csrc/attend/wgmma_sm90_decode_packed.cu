@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(Tr::kThreads, 1)
 
 template <typename T, int kHeadDim, bool kSoftCap>
 cudaError_t launch(const Params& params) {
-  using Tr = prefill::Traits<T, kHeadDim, 2, 128, 2 * 128 / kHeadDim, 2, true, kSoftCap, true>;
+  using Tr = prefill::Traits<T, kHeadDim, 2, 128, 2 * 128 / kHeadDim, 2, true, kSoftCap>;
   static_assert(Tr::kRows == 2 * kBlockQueries);
   prefill::Maps maps;
   const cudaError_t error = prefill::make_maps<Tr>(maps, params.attend);

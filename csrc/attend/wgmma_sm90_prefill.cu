@@ -4,18 +4,18 @@
 namespace flashcore {
 namespace {
 
-// Measured on an H200 (scripts/bench/NOTES.md). Head size 64 needs three softmaxes in flight to keep up with the tensor
-// cores; at 128 and 256 O leaves registers for two warpgroups only.
+// Measured on an H200 (scripts/bench/NOTES.md). Head sizes 64 and 128 need three softmaxes in flight to keep up with
+// the tensor cores; at 256 O leaves registers for two warpgroups only.
 template <typename T, bool kSoftCap>
 cudaError_t launch_head_dim(const AttendParams& p) {
   using prefill::launch;
   using prefill::Traits;
   switch (p.head_dim) {
-    // <type, head size, consumers, keys of a block, stages, Q buffers, ordered, soft cap>
+    // <type, head size, consumers, keys of a block, stages, Q buffers, overlap, soft cap>
     case 64:
       return launch<Traits<T, 64, 3, 128, 4, 2, true, kSoftCap>>(p);
     case 128:
-      return launch<Traits<T, 128, 2, 128, 2, 2, true, kSoftCap>>(p);
+      return launch<Traits<T, 128, 3, 128, 2, 2, false, kSoftCap>>(p);
     case 256:
       return launch<Traits<T, 256, 2, 64, 2, 1, true, kSoftCap>>(p);
     default:

@@ -6,12 +6,17 @@
 // Block: a producer warpgroup (a warp for tiles and Q; three that share the boxes of K and V, one a page) and
 //        kConsumers warpgroups of 64 queries.
 // Smem:  kQueryBuffers tiles of Q, rings of kStages blocks of K and of V, all under the 128-byte swizzle.
-// Maths: S of block n - 1 and O += P V of block n run on the tensor cores; the maxima of block n - 1 are looked at when
-//        S is there, its exponentials follow P V, whose registers P takes. O is rescaled in each block where that hides
-//        behind them (D64) or costs little (packed rows), elsewhere only for a new maximum that counts in its row. The
-//        last P V of a tile runs beside the first Q K^T of the next one: the pipeline never drains between tiles.
+// Maths: a row's largest logit so far is the reference of its softmax, in each block. The matmuls of the consumers take
+//        turns, so that one's softmax runs beside the others' products. Within a consumer
+//        - at head size 128 S of block n - 1 follows O += P V of block n, and P takes the registers of S: three
+//        consumers
+//          fit, which read keys from L2 for half as many queries again as two;
+//        - else (kOverlap) the two products run together, where two consumers have room for S beside P (256, packed
+//          rows), or three whose softmax takes longer than their products (64); the last P V of a tile then runs beside
+//          the first Q K^T of the next one.
 // After: FlashAttention-3 (Shah et al., 2024) for the warp specialisation, the overlap inside a warpgroup and the order
-//        between warpgroups; FlashAttention-4 for the conditional rescale; FlashInfer (Ye et al., 2025) for CSR rows.
+//        between warpgroups; FlashAttention-4 for the rescale that is skipped; FlashInfer (Ye et al., 2025) for CSR
+//        rows.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -55,6 +60,7 @@ __device__ void consume(const AttendParams& p, Shared<Tr>& smem) {
   // With a soft cap the logits are already scaled when softmax sees them.
   const float softmax_scale = Tr::kSoftCap ? kLog2E : log2_scale;
   constexpr int kStages = Tr::kStages;
+  constexpr bool kSkip = !Tr::kOverlap;  // a branch hinders matmuls that run beside it
 
   float s[kBlockKeys / 2], o[kHeadDim / 2];
   uint32_t probabilities[kBlockKeys / 4];
@@ -70,11 +76,10 @@ __device__ void consume(const AttendParams& p, Shared<Tr>& smem) {
   uint32_t use = ~0u;        // of the rings: the last block whose P is made
   uint32_t first_use = ~0u;  // of its tile
 
-  const auto turn_wait = [&] {
-    if constexpr (Tr::kOrdered) named_barrier_sync(kOrderBarrier + consumer, 256);
-  };
-  const auto turn_pass = [&] {
-    if constexpr (Tr::kOrdered) named_barrier_arrive(kOrderBarrier + (consumer + 1) % Tr::kConsumers, 256);
+  const auto turn_wait = [&] { named_barrier_sync(kOrderBarrier + consumer, 256); };
+  const auto turn_pass = [&] { named_barrier_arrive(kOrderBarrier + (consumer + 1) % Tr::kConsumers, 256); };
+  const auto wait_for = [&](Mbarrier(&full)[kStages], uint32_t block) {
+    mbarrier_wait(&full[stage_of<kStages>(block)], parity_of<kStages>(block));
   };
   const auto release = [&](Mbarrier& empty) {
     if (lane == 0) mbarrier_arrive(&empty);
@@ -91,11 +96,15 @@ __device__ void consume(const AttendParams& p, Shared<Tr>& smem) {
     }
   };
   const auto begin_pv = [&] {
-    if (open) mbarrier_wait(&smem.v_full[stage_of<kStages>(use)], parity_of<kStages>(use));
     wgmma_fence();
     issue_pv<Tr>(o, probabilities, wgmma_descriptor(smem.v[stage_of<kStages>(use)], kBlockKeys * 128),
                  use != first_use);
   };
+  const auto end_pv = [&] {
+    wgmma_wait<0>();
+    wgmma_pin(o);
+  };
+  const auto release_v = [&] { release(smem.v_empty[stage_of<kStages>(use)]); };
   // The open tile's queries are done: tile number `tiles`.
   const auto finish = [&](uint32_t tiles) {
     const uint32_t slot = stage_of<kJobs>(tiles);
@@ -106,11 +115,11 @@ __device__ void consume(const AttendParams& p, Shared<Tr>& smem) {
   // With two buffers of queries that is done beside the next tile's first matmul; one buffer has to be handed back.
   constexpr bool kFinishLate = Tr::kQueryBuffers > 1;
   const auto close = [&](uint32_t tiles) {
+    wait_for(smem.v_full, use);
     begin_pv();
     if (kFinishLate) finish(tiles);
-    wgmma_wait<0>();
-    wgmma_pin(o);
-    release(smem.v_empty[stage_of<kStages>(use)]);
+    end_pv();
+    release_v();
     write_output<Tr>(p, o, output);
   };
   if (consumer == Tr::kConsumers - 1) turn_pass();
@@ -136,10 +145,36 @@ __device__ void consume(const AttendParams& p, Shared<Tr>& smem) {
     const int tail = (job.kv_end - kv_begin) - (blocks - 1) * kBlockKeys;  // keys of the last block
 
     const uint64_t q = wgmma_descriptor(smem.q[buffer][0][consumer * 64]);
-    const auto begin_qk = [&](uint32_t k_use) {
-      mbarrier_wait(&smem.k_full[stage_of<kStages>(k_use)], parity_of<kStages>(k_use));
+    const auto begin_qk = [&](uint32_t block) {
       wgmma_fence();
-      issue_qk<Tr>(s, q, wgmma_descriptor(smem.k[stage_of<kStages>(k_use)]));
+      issue_qk<Tr>(s, q, wgmma_descriptor(smem.k[stage_of<kStages>(block)]));
+    };
+    // The consumer's turn on the tensor cores: S of a block, and P V of the one before, if there is one.
+    const auto take_turn = [&](uint32_t block, bool has_p) {
+      if constexpr (Tr::kOverlap) {
+        turn_wait();
+        wait_for(smem.k_full, block);
+        begin_qk(block);
+        if (has_p) wait_for(smem.v_full, use);
+        begin_pv();  // without P its result is dropped: a matmul under a condition would not overlap
+        turn_pass();
+      } else {
+        wait_for(smem.k_full, block);
+        if (has_p) wait_for(smem.v_full, use);
+        turn_wait();
+        if (has_p) {
+          begin_pv();
+          end_pv();
+        }
+        begin_qk(block);
+        turn_pass();
+        if (has_p) release_v();
+      }
+    };
+    const auto end_qk = [&](uint32_t block) {
+      wgmma_wait<Tr::kOverlap ? 1 : 0>();
+      wgmma_pin(s);
+      release(smem.k_empty[stage_of<kStages>(block)]);
     };
     // Blocks inside [first_of_all, last_of_all] need no mask in this warp.
     int first_of_all, last_of_all;
@@ -163,46 +198,46 @@ __device__ void consume(const AttendParams& p, Shared<Tr>& smem) {
     }
     int begin = kv_begin + (blocks - 1 - skipped) * kBlockKeys;
     const uint32_t begin_use = use + 1 + skipped;
-    turn_wait();
-    begin_qk(begin_use);
-    begin_pv();  // with no tile open its result is dropped: a matmul under a condition would not overlap
-    turn_pass();
+    take_turn(begin_use, open);
     if (kFinishLate && open) finish(tiles - 1);
+    if (!Tr::kOverlap && open) write_output<Tr>(p, o, output);
     locate_rows(p, job, consumer, group, rows);
     first_of_all = __reduce_max_sync(0xffffffff, max(rows.first[0], rows.first[1]));
     last_of_all = __reduce_min_sync(0xffffffff, min(rows.last[0], rows.last[1]));
-    wgmma_wait<1>();
-    wgmma_pin(s);
-    release(smem.k_empty[stage_of<kStages>(begin_use)]);
+    end_qk(begin_use);
     logits(begin);
-    raise_references<Tr>(s, rows, softmax_scale, factor);
-    wgmma_wait<0>();
-    wgmma_pin(o);
-    if (open) {
-      release(smem.v_empty[stage_of<kStages>(use)]);
-      write_output<Tr>(p, o, output);
+    raise_references<Tr, kSkip>(s, rows, softmax_scale, factor);
+    if constexpr (Tr::kOverlap) {
+      end_pv();
+      if (open) {
+        release_v();
+        write_output<Tr>(p, o, output);
+      }
     }
     open = true;
     use = first_use = begin_use;
-    exponentials<Tr>(s, rows, softmax_scale, probabilities);
+    if constexpr (Tr::kOverlap) {
+      exponentials<Tr>(s, rows, softmax_scale, probabilities);
+    } else {
+      exponentials_between<Tr, false>(s, rows, softmax_scale, probabilities, o, factor);
+    }
     if (skipped == 0) clear_tail<Tr>(smem, use, tail, consumer);
 
     for (begin -= kBlockKeys; begin >= kv_begin; begin -= kBlockKeys, ++use) {
-      turn_wait();
-      begin_qk(use + 1);
-      begin_pv();
-      turn_pass();
-      wgmma_wait<1>();
-      wgmma_pin(s);
-      release(smem.k_empty[stage_of<kStages>(use + 1)]);
+      take_turn(use + 1, true);
+      end_qk(use + 1);
       logits(begin);
-      const bool moved = raise_references<Tr>(s, rows, softmax_scale, factor);
-      wgmma_wait<0>();  // P V is over by now; P of this block goes where P of the last one was
-      wgmma_pin(o);
-      release(smem.v_empty[stage_of<kStages>(use)]);
-      if (!Tr::kLazy) multiply_rows<Tr>(o, factor);  // hides behind the exponentials
-      exponentials<Tr>(s, rows, softmax_scale, probabilities);
-      if (Tr::kLazy && moved) multiply_rows<Tr>(o, factor);
+      const bool moved = raise_references<Tr, kSkip>(s, rows, softmax_scale, factor);
+      if constexpr (Tr::kOverlap) {
+        end_pv();  // it is over by now; P of this block goes where P of the last one was
+        release_v();
+        multiply_rows<Tr>(o, factor);
+        exponentials<Tr>(s, rows, softmax_scale, probabilities);
+      } else if (moved) {
+        exponentials_between<Tr, true>(s, rows, softmax_scale, probabilities, o, factor);
+      } else {
+        exponentials_between<Tr, false>(s, rows, softmax_scale, probabilities, o, factor);
+      }
     }
     if (!kFinishLate) finish(tiles);
   }

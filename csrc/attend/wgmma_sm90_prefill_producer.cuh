@@ -135,29 +135,10 @@ __device__ void load_query(const AttendParams& p, const Maps& maps, Shared<Tr>& 
   }
 }
 
-// By the warp that fetches queries: zeros where no token's queries go, as the query heads of a KV head need not divide
-// a tile. What shared memory held before may be NaN, which would have a warp look in every block.
-template <typename Tr>
-__device__ void clear_unused_queries(const AttendParams& p, Shared<Tr>& smem) {
-  const int group = p.num_qo_heads / p.num_kv_heads, used = Tr::kRows / group * group;
-  constexpr int kChunks = kSlab * sizeof(typename Tr::T) / sizeof(uint4);  // of a row of a slab
-#pragma unroll 1
-  for (int i = 0; i < Tr::kQueryBuffers * Tr::kSlabs; ++i) {
-    auto& slab = smem.q[i / Tr::kSlabs][i % Tr::kSlabs];
-#pragma unroll 1
-    for (int j = threadIdx.x; j < (Tr::kRows - used) * kChunks; j += 32) {
-      reinterpret_cast<uint4*>(slab[used + j / kChunks])[j % kChunks] = uint4{};
-    }
-  }
-  fence_proxy_async();
-  __syncwarp();
-}
-
 // The first warp: tile after tile for all others, and its queries. A tile is announced when the one before it begins:
 // to find it and to fetch its queries takes as long as a block or two.
 template <typename Tr, typename Schedule>
 __device__ void announce_tiles(const AttendParams& p, const Maps& maps, Shared<Tr>& smem) {
-  if constexpr (Tr::kLazy) clear_unused_queries(p, smem);
   Schedule schedule(p);
   for (uint32_t tiles = 0;; ++tiles) {
     const uint32_t slot = stage_of<kJobs>(tiles), buffer = stage_of<Tr::kQueryBuffers>(tiles);

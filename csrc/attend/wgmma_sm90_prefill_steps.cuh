@@ -38,7 +38,7 @@ __device__ __forceinline__ void issue_pv(float (&o)[Tr::kHeadDim / 2], const uin
 struct RowState {
   int32_t first[2], last[2];  // visible keys of the row, inclusive
   float reference[2];         // the logit P is relative to, in units of the raw logits
-  int32_t limit_bits[2];      // kLazy: no logit whose bits are less is to be the reference; INT_MIN: any may be
+  int32_t limit_bits[2];      // only a logit whose bits are no less can be a new reference
   float sum[2];               // of this thread's columns
 };
 constexpr float kNoReference = -1e37f;  // finite, so that no difference is NaN
@@ -65,7 +65,7 @@ __device__ __forceinline__ void locate_rows(const AttendParams& p, const Job& jo
     rows.first[i] = job.kv_begin;
     rows.last[i] = job.kv_end - 1;
     rows.reference[i] = kNoReference;
-    rows.limit_bits[i] = index < job.q_count ? INT_MIN : INT_MAX;  // what stands behind the last query is no maximum
+    rows.limit_bits[i] = index < job.q_count ? INT_MIN : INT_MAX;  // what stands behind the last query is nobody's
     rows.sum[i] = 0.0f;
     if (index < job.q_count && (p.causal || p.window_left >= 0)) {
       const int position =
@@ -130,51 +130,29 @@ __device__ __forceinline__ float largest_float(const float (&s)[kElements], int 
   return fmaxf(even, odd);
 }
 
-// A new maximum becomes the reference only if its bits are no less than these.
-template <typename Tr>
-__device__ __forceinline__ int32_t limit_of(const RowState& rows, int i, float reference, float scale_log2) {
-  const bool few = rows.last[i] - rows.first[i] < Tr::kFewKeys;
-  // The thread's part of the sum is taken for a quarter.
-  const float share = rows.reference[i] + __fdividef(__log2f(4.0f * Tr::kShareOfFew * rows.sum[i]), scale_log2);
-  const float limit = few ? fmaxf(reference, share) : reference + Tr::kRescaleLog2 / scale_log2;
-  return limit >= 0.0f ? __float_as_int(limit) : INT_MIN;
-}
-
-// Raises the references of the warp's rows to their largest logit so far; lazily (Traits) those of rows that have a new
-// maximum that counts, and no others: what becomes of a row must not hang on the rows beside it, which are other
-// tokens' where its chunk begins elsewhere. Returns whether it looked for such rows: then O * factor[i] is due.
-template <typename Tr>
+// The largest logit so far becomes the reference of its row: its P is then 1, which 16 bits hold and do not round.
+// Returns whether O * factor[i] is due: not if no row of the warp has a new maximum, where kSkip asks for that first.
+template <typename Tr, bool kSkip>
 __device__ __forceinline__ bool raise_references(const float (&s)[Tr::kBlockKeys / 2], RowState& rows, float scale_log2,
                                                  float (&factor)[2]) {
   const int32_t bits[2] = {largest_bits(s, 0), largest_bits(s, 1)};
-  const bool above[2] = {bits[0] >= rows.limit_bits[0], bits[1] >= rows.limit_bits[1]};
-  if constexpr (Tr::kLazy) {
-    if (!__any_sync(0xffffffff, above[0] || above[1])) return false;
+  if constexpr (kSkip) {
+    if (!__any_sync(0xffffffff, bits[0] >= rows.limit_bits[0] || bits[1] >= rows.limit_bits[1])) return false;
   }
   float largest[2] = {__int_as_float(bits[0]), __int_as_float(bits[1])};
   if (__any_sync(0xffffffff, min(bits[0], bits[1]) < 0)) {  // where all are negative the integers' order is the other
 #pragma unroll
     for (int i = 0; i < 2; ++i) largest[i] = largest_float(s, i);
-    if constexpr (Tr::kLazy) {  // limits below 0 have let everything pass
-      const bool larger = largest[0] > rows.reference[0] || largest[1] > rows.reference[1];
-      if (!__any_sync(0xffffffff, larger)) return false;
-    }
   }
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const float reference = fmaxf(rows.reference[i], quad_max(largest[i]));
-    factor[i] = exp2_fast((rows.reference[i] - reference) * scale_log2);
-    if constexpr (Tr::kLazy) {
-      const bool counts = above[i] && largest[i] > rows.reference[i];
-      const bool raised = __ballot_sync(0xffffffff, counts) >> (threadIdx.x % 32 & ~3u) & 0xf;
-      if (!raised) {  // with selects instead, ptxas orders the exponentials otherwise
-        factor[i] = 1.0f;
-        continue;
-      }
-      rows.limit_bits[i] = limit_of<Tr>(rows, i, reference, scale_log2);
-    }
+    factor[i] = exp2_fast((rows.reference[i] - reference) * scale_log2);  // 1 where the maximum is an old one
     rows.sum[i] *= factor[i];
     rows.reference[i] = reference;
+    if constexpr (kSkip) {
+      if (rows.limit_bits[i] < INT_MAX) rows.limit_bits[i] = reference >= 0.0f ? __float_as_int(reference) : INT_MIN;
+    }
   }
   return true;
 }
@@ -185,8 +163,58 @@ __device__ __forceinline__ void multiply_rows(float (&o)[Tr::kHeadDim / 2], cons
   for (int i = 0; i < Tr::kHeadDim / 2; ++i) o[i] *= factor[i / 2 % 2];
 }
 
-// P relative to the references, packed for P V, and its sums. One stretch of code without branches: sums and packing
-// hide behind the exponentials.
+// x, but not before y is known.
+__device__ __forceinline__ float behind(float x, uint32_t y) {
+  uint32_t z;
+  asm("lop3.b32 %0, %1, %2, %3, 0xf8;"  // x | (y & 0), of which ptxas does not know that it is 0
+      : "=r"(z)
+      : "r"(__float_as_uint(x)), "r"(y), "r"(blockIdx.y));
+  return __uint_as_float(z);
+}
+
+// P relative to the references, in place of S, packed for P V, and its sums; O * factor. An exponential takes eight
+// cycles of which its warp needs one: sums, packing and products fit between them. ptxas leaves the latter two for the
+// end; so the next group's exponentials hang on the last group's packing and on products of this one.
+template <typename Tr, bool kMultiply>
+__device__ __forceinline__ void exponentials_between(float (&s)[Tr::kBlockKeys / 2], RowState& rows, float scale_log2,
+                                                     uint32_t (&probabilities)[Tr::kBlockKeys / 4],
+                                                     float (&o)[Tr::kHeadDim / 2], const float (&factor)[2]) {
+  constexpr int kWords = 4, kGroups = Tr::kBlockKeys / 4 / kWords, kProducts = Tr::kHeadDim / 2 / kGroups;
+  float even[2] = {0.0f, 0.0f}, odd[2] = {0.0f, 0.0f};
+  float offset[2] = {rows.reference[0] * scale_log2, rows.reference[1] * scale_log2};
+  const auto pack = [&](int group) {
+#pragma unroll
+    for (int j = group * kWords; j < (group + 1) * kWords; ++j) {
+      probabilities[j] = pack2<typename Tr::T>(s[2 * j], s[2 * j + 1]);
+    }
+  };
+#pragma unroll
+  for (int group = 0; group < kGroups; ++group) {
+#pragma unroll
+    for (int j = group * kWords; j < (group + 1) * kWords; ++j) {
+      const int i = j % 2;
+      s[2 * j] = exp2_fast(fmaf(s[2 * j], scale_log2, -offset[i]));
+      s[2 * j + 1] = exp2_fast(fmaf(s[2 * j + 1], scale_log2, -offset[i]));
+      even[i] += s[2 * j];
+      odd[i] += s[2 * j + 1];
+    }
+    if (kMultiply) {
+#pragma unroll
+      for (int k = group * kProducts; k < (group + 1) * kProducts; ++k) o[k] *= factor[k / 2 % 2];
+      offset[1] = behind(offset[1], __float_as_uint(o[(group + 1) * kProducts - 1]));
+    }
+    if (group > 0) {
+      pack(group - 1);
+      offset[0] = behind(offset[0], probabilities[group * kWords - 1]);
+      if (!kMultiply) offset[1] = behind(offset[1], probabilities[group * kWords - 2]);
+    }
+  }
+  pack(kGroups - 1);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) rows.sum[i] += even[i] + odd[i];
+}
+
+// The same beside other registers of S and P, without O.
 template <typename Tr>
 __device__ __forceinline__ void exponentials(const float (&s)[Tr::kBlockKeys / 2], RowState& rows, float scale_log2,
                                              uint32_t (&probabilities)[Tr::kBlockKeys / 4]) {

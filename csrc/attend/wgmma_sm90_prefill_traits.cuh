@@ -10,7 +10,7 @@ namespace flashcore::prefill {
 // --- Traits ----------------------------------------------------------------------------------------------------------
 
 template <typename T_, int kHeadDim_, int kConsumers_, int kBlockKeys_, int kStages_, int kQueryBuffers_,
-          bool kOrdered_, bool kSoftCap_, bool kPacked_ = false>
+          bool kOverlap_, bool kSoftCap_>
 struct Traits {
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_;
@@ -18,23 +18,16 @@ struct Traits {
   static constexpr int kBlockKeys = kBlockKeys_;  // keys of one step
   static constexpr int kStages = kStages_;
   static constexpr int kQueryBuffers = kQueryBuffers_;
-  static constexpr bool kOrdered = kOrdered_;  // consumers issue their matmuls in turn, so that softmaxes are staggered
+  // Whether a consumer's S of the next block and P V of this one run beside each other. Else one follows the other, and
+  // S and P share registers: then there is room for a third consumer at head size 128.
+  static constexpr bool kOverlap = kOverlap_;
   static constexpr bool kSoftCap = kSoftCap_;
-  static constexpr bool kPacked = kPacked_;  // for packed rows only
 
   static constexpr int kRows = 64 * kConsumers;
   static constexpr int kSlabs = kHeadDim / kSlab;
   static constexpr int kThreads = 128 * (kConsumers + 1);
   static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
   static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
-  // Which maxima become the reference of their row. One that does has a P of 1, which 16 bits hold and do not round.
-  // Where softmax takes longer than the matmuls (D64) all do: in code without a branch that costs nothing, as the
-  // products hide behind the exponentials. Packed rows pay 2 to 4 % for it, beside memory that is busy with the others.
-  // Elsewhere it would cost 6 to 10 % of the time, and rows of many keys have those alone whose P could exceed
-  // 2^kRescaleLog2, rows of few keys, whose errors are the largest, those of more than a share of the row's sum.
-  static constexpr bool kLazy = kHeadDim > 64 && !kPacked;
-  static constexpr int kFewKeys = 1024;
-  static constexpr float kShareOfFew = 1.0f / 256.0f, kRescaleLog2 = 8.0f;
 };
 
 // --- Shared memory plan ----------------------------------------------------------------------------------------------

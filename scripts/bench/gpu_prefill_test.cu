@@ -282,7 +282,7 @@ Problem build(const Case& c, bool whole, bool poison) {
 
   AttendParams& p = problem.params;
   CUDA_CHECK(cudaDeviceGetAttribute(&p.num_sms, cudaDevAttrMultiProcessorCount, 0));
-  const int num_tokens = qo_indptr.back(), rows_per_tile = c.head_dim == 64 ? 192 : 128;
+  const int num_tokens = qo_indptr.back(), rows_per_tile = c.head_dim <= 128 ? 192 : 128;
   const int max_rows = batch + num_tokens / (rows_per_tile / c.group) + 1;
   const int max_tiles = max_rows * c.num_kv_heads + p.num_sms;
   std::vector<int> positions(num_tokens), row_tokens(1), tile_indptr(max_rows * c.num_kv_heads + 1),
