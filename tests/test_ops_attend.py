@@ -137,6 +137,19 @@ def test_logits_far_from_zero(levels: tuple[float, ...], head_dim: int, variant:
     kit.check(problem, *kit.plan_and_attend(problem, variant=variant, rows_per_tile=rows_per_tile))
 
 
+@pytest.mark.parametrize("variant", EVERY)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("zero", [0.0, -0.0])
+def test_logits_of_zero(zero: float, head_dim: int, variant: str) -> None:
+    """Of either sign: where maxima are compared by their bits, the two are far apart."""
+    case = extend("zero logits", (200, 700), num_heads=4, num_kv_heads=2, head_dim=head_dim, page_size=64)
+    device, rows_per_tile = setup(case, variant)
+    problem = make(case, device)
+    problem.q.fill_(zero)
+    problem.k_cache.abs_()
+    kit.check(problem, *kit.plan_and_attend(problem, variant=variant, rows_per_tile=rows_per_tile))
+
+
 HEADS = {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "page_size": 64}
 SMALL_STEPS = [
     decode("one request", 3000, **HEADS),

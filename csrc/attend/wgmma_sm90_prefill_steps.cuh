@@ -136,11 +136,15 @@ template <typename Tr, bool kSkip>
 __device__ __forceinline__ bool raise_references(const float (&s)[Tr::kBlockKeys / 2], RowState& rows, float scale_log2,
                                                  float (&factor)[2]) {
   const int32_t bits[2] = {largest_bits(s, 0), largest_bits(s, 1)};
+  int32_t negative = min(bits[0], bits[1]);
+  // Behind a reference that is not negative it is no matter which of the negative logits that is.
+  if constexpr (kSkip) negative = (bits[0] & rows.limit_bits[0]) | (bits[1] & rows.limit_bits[1]);
+  const bool by_float = __any_sync(0xffffffff, negative < 0);  // where all are negative the order is the other one
   if constexpr (kSkip) {
     if (!__any_sync(0xffffffff, bits[0] >= rows.limit_bits[0] || bits[1] >= rows.limit_bits[1])) return false;
   }
   float largest[2] = {__int_as_float(bits[0]), __int_as_float(bits[1])};
-  if (__any_sync(0xffffffff, min(bits[0], bits[1]) < 0)) {  // where all are negative the integers' order is the other
+  if (by_float) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) largest[i] = largest_float(s, i);
   }
