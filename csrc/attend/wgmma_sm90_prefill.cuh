@@ -22,6 +22,7 @@
 #include <cuda_runtime.h>
 
 #include "attend/wgmma_sm90_prefill_producer.cuh"
+#include "attend/wgmma_sm90_prefill_softmax.cuh"
 #include "attend/wgmma_sm90_prefill_steps.cuh"
 
 namespace flashcore::prefill {
