@@ -28,18 +28,15 @@ __device__ __forceinline__ Job read_job(const Job& job) {
 // Named steps of one function, not methods of a class: with these ptxas spills twice as many registers.
 template <typename Tr>
 __device__ void consume(const AttendParams& p, Shared<Tr>& smem) {
-  using T = typename Tr::T;
   constexpr int kBlockKeys = Tr::kBlockKeys;
   constexpr int kHeadDim = Tr::kHeadDim;
   // From lane 0: the compiler then knows it is the same in the warp and keeps descriptors in uniform registers.
   const int consumer = __shfl_sync(0xffffffff, threadIdx.x / 128, 0) - 1;
   const int lane = threadIdx.x % 32;
   const Group group(p.num_qo_heads / p.num_kv_heads);
-  const float log2_scale = p.sm_scale * kLog2E;
   // With a soft cap the logits are already scaled when softmax sees them.
-  const float softmax_scale = Tr::kSoftCap ? kLog2E : log2_scale;
+  const float softmax_scale = Tr::kSoftCap ? kLog2E : p.sm_scale * kLog2E;
   constexpr int kStages = Tr::kStages;
-  constexpr bool kSkip = !Tr::kOverlap;  // a branch hinders matmuls that run beside it
 
   float s[kBlockKeys / 2], o[kHeadDim / 2];
   uint32_t probabilities[kBlockKeys / 4];
@@ -60,18 +57,18 @@ __device__ void consume(const AttendParams& p, Shared<Tr>& smem) {
   const auto wait_for = [&](Mbarrier(&full)[kStages], uint32_t block) {
     mbarrier_wait(&full[stage_of<kStages>(block)], parity_of<kStages>(block));
   };
-  const auto release = [&](Mbarrier& empty) {
-    if (lane == 0) mbarrier_arrive(&empty);
+  const auto release = [&](Mbarrier(&empty)[kStages], uint32_t block) {
+    if (lane == 0) mbarrier_arrive(&empty[stage_of<kStages>(block)]);
   };
   const auto hand_back = [&](int count) {
     for (int i = 0; i < count; ++i) {
-      const uint32_t stage = stage_of<kStages>(use + 1 + i), parity = parity_of<kStages>(use + 1 + i);
+      const uint32_t block = use + 1 + i;
       turn_wait();
       turn_pass();
-      mbarrier_wait(&smem.k_full[stage], parity);
-      release(smem.k_empty[stage]);
-      mbarrier_wait(&smem.v_full[stage], parity);
-      release(smem.v_empty[stage]);
+      wait_for(smem.k_full, block);
+      release(smem.k_empty, block);
+      wait_for(smem.v_full, block);
+      release(smem.v_empty, block);
     }
   };
   const auto begin_pv = [&] {
@@ -83,7 +80,6 @@ __device__ void consume(const AttendParams& p, Shared<Tr>& smem) {
     wgmma_wait<0>();
     wgmma_pin(o);
   };
-  const auto release_v = [&] { release(smem.v_empty[stage_of<kStages>(use)]); };
   // The open tile's queries are done: tile number `tiles`.
   const auto finish = [&](uint32_t tiles) {
     const uint32_t slot = stage_of<kJobs>(tiles);
@@ -98,7 +94,7 @@ __device__ void consume(const AttendParams& p, Shared<Tr>& smem) {
     begin_pv();
     if (kFinishLate) finish(tiles);
     end_pv();
-    release_v();
+    release(smem.v_empty, use);
     write_output<Tr>(p, o, output);
   };
   if (consumer == Tr::kConsumers - 1) turn_pass();
@@ -147,13 +143,13 @@ __device__ void consume(const AttendParams& p, Shared<Tr>& smem) {
         }
         begin_qk(block);
         turn_pass();
-        if (has_p) release_v();
+        if (has_p) release(smem.v_empty, use);
       }
     };
     const auto end_qk = [&](uint32_t block) {
       wgmma_wait<Tr::kOverlap ? 1 : 0>();
       wgmma_pin(s);
-      release(smem.k_empty[stage_of<kStages>(block)]);
+      release(smem.k_empty, block);
     };
     // Blocks inside [first_of_all, last_of_all] need no mask in this warp.
     int first_of_all, last_of_all;
@@ -185,11 +181,11 @@ __device__ void consume(const AttendParams& p, Shared<Tr>& smem) {
     last_of_all = __reduce_min_sync(0xffffffff, min(rows.last[0], rows.last[1]));
     end_qk(begin_use);
     logits(begin);
-    raise_references<Tr, kSkip>(s, rows, softmax_scale, factor);
+    raise_references<Tr>(s, rows, softmax_scale, factor);
     if constexpr (Tr::kOverlap) {
       end_pv();
       if (open) {
-        release_v();
+        release(smem.v_empty, use);
         write_output<Tr>(p, o, output);
       }
     }
@@ -206,10 +202,10 @@ __device__ void consume(const AttendParams& p, Shared<Tr>& smem) {
       take_turn(use + 1, true);
       end_qk(use + 1);
       logits(begin);
-      const bool moved = raise_references<Tr, kSkip>(s, rows, softmax_scale, factor);
+      const bool moved = raise_references<Tr>(s, rows, softmax_scale, factor);
       if constexpr (Tr::kOverlap) {
         end_pv();  // it is over by now; P of this block goes where P of the last one was
-        release_v();
+        release(smem.v_empty, use);
         multiply_rows<Tr>(o, factor);
         exponentials<Tr>(s, rows, softmax_scale, probabilities);
       } else if (moved) {

@@ -74,15 +74,15 @@ __device__ __forceinline__ float largest_float(const float (&s)[kElements], int 
 
 // The largest logit so far becomes the reference of its row: its P is then 1, which 16 bits hold and do not round.
 // Returns whether O * factor[i] is due: not if no row of the warp has a new maximum, where kSkip asks for that first.
-template <typename Tr, bool kSkip>
+template <typename Tr>
 __device__ __forceinline__ bool raise_references(const float (&s)[Tr::kBlockKeys / 2], RowState& rows, float scale_log2,
                                                  float (&factor)[2]) {
   const int32_t bits[2] = {largest_bits(s, 0), largest_bits(s, 1)};
-  int32_t negative = min(bits[0], bits[1]);
   // Behind a reference that is not negative it is no matter which of the negative logits that is.
-  if constexpr (kSkip) negative = (bits[0] & rows.limit_bits[0]) | (bits[1] & rows.limit_bits[1]);
+  const int32_t negative =
+      Tr::kSkip ? (bits[0] & rows.limit_bits[0]) | (bits[1] & rows.limit_bits[1]) : min(bits[0], bits[1]);
   const bool by_float = __any_sync(0xffffffff, negative < 0);  // where all are negative the order is the other one
-  if constexpr (kSkip) {
+  if constexpr (Tr::kSkip) {
     if (!__any_sync(0xffffffff, bits[0] >= rows.limit_bits[0] || bits[1] >= rows.limit_bits[1])) return false;
   }
   float largest[2] = {__int_as_float(bits[0]), __int_as_float(bits[1])};
@@ -96,7 +96,7 @@ __device__ __forceinline__ bool raise_references(const float (&s)[Tr::kBlockKeys
     factor[i] = exp2_fast((rows.reference[i] - reference) * scale_log2);  // 1 where the maximum is an old one
     rows.sum[i] *= factor[i];
     rows.reference[i] = reference;
-    if constexpr (kSkip) {
+    if constexpr (Tr::kSkip) {
       if (rows.limit_bits[i] < INT_MAX) rows.limit_bits[i] = reference >= 0.0f ? __float_as_int(reference) : INT_MIN;
     }
   }

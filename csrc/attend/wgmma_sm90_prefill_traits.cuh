@@ -21,6 +21,8 @@ struct Traits {
   // Whether a consumer's S of the next block and P V of this one run beside each other. Else one follows the other, and
   // S and P share registers: then there is room for a third consumer at head size 128.
   static constexpr bool kOverlap = kOverlap_;
+  // Whether it looks for new maxima before it raises references: a branch, which hinders matmuls that run beside it.
+  static constexpr bool kSkip = !kOverlap;
   static constexpr bool kSoftCap = kSoftCap_;
 
   static constexpr int kRows = 64 * kConsumers;
