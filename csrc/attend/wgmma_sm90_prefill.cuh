@@ -3,7 +3,7 @@
 // What:  one tile is up to 64 * kConsumers packed queries (tokens x group) of one KV head against keys
 //        [kv_begin, kv_end) of its row. O = softmax(Q K^T * sm_scale) V, softmax online in base 2.
 // Grid:  one persistent CTA an SM; TileSchedule says which tiles it runs.
-// Block: a producer warpgroup (a warp for tiles and Q; three that share the boxes of K and V, one a page) and
+// Block: a producer warpgroup (a warp for tiles and Q; two that share the boxes of K and V, one a page) and
 //        kConsumers warpgroups of 64 queries.
 // Smem:  kQueryBuffers tiles of Q, rings of kStages blocks of K and of V, all under the 128-byte swizzle.
 // Maths: a row's largest logit so far is the reference of its softmax, in each block. The matmuls of the consumers take
@@ -57,7 +57,7 @@ __device__ __forceinline__ void attend_tiles(const AttendParams& p, const Maps& 
     warpgroup_lower_registers<Tr::kProducerRegisters>();
     if (threadIdx.x < 32) {
       announce_tiles<Tr, Schedule>(p, maps, smem);
-    } else {
+    } else if (threadIdx.x < 32 * (1 + kLoadWarps)) {
       load_keys<Tr>(p, maps, smem);
     }
   } else {
@@ -83,6 +83,7 @@ cudaError_t make_maps(Maps& maps, const AttendParams& p) {
                   : p.page_size % 16 == 0                             ? 16
                   : p.page_size % 8 == 0                              ? 8
                                                                       : 0;
+  maps.by_page = Divisor(p.page_size);
   if (maps.box_keys == 0 || p.plan.rows_per_tile > Tr::kRows) return cudaErrorNotSupported;
 
   const Queries queries{p.q,   p.dtype,      p.head_dim,       p.num_kv_heads,

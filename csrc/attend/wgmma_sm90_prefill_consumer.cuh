@@ -52,6 +52,8 @@ __device__ void consume(const AttendParams& p, Shared<Tr>& smem) {
   uint32_t use = ~0u;        // of the rings: the last block whose P is made
   uint32_t first_use = ~0u;  // of its tile
 
+  // Stage 0 of the rings; the others follow. One made from each stage's address takes more instructions.
+  const uint64_t k_ring = wgmma_descriptor(smem.k[0]), v_ring = wgmma_descriptor(smem.v[0], kBlockKeys * 128);
   const auto turn_wait = [&] { named_barrier_sync(kOrderBarrier + consumer, 256); };
   const auto turn_pass = [&] { named_barrier_arrive(kOrderBarrier + (consumer + 1) % Tr::kConsumers, 256); };
   const auto wait_for = [&](Mbarrier(&full)[kStages], uint32_t block) {
@@ -73,8 +75,7 @@ __device__ void consume(const AttendParams& p, Shared<Tr>& smem) {
   };
   const auto begin_pv = [&] {
     wgmma_fence();
-    issue_pv<Tr>(o, probabilities, wgmma_descriptor(smem.v[stage_of<kStages>(use)], kBlockKeys * 128),
-                 use != first_use);
+    issue_pv<Tr>(o, probabilities, wgmma_advance(v_ring, stage_of<kStages>(use) * sizeof(smem.v[0])), use != first_use);
   };
   const auto end_pv = [&] {
     wgmma_wait<0>();
@@ -122,7 +123,7 @@ __device__ void consume(const AttendParams& p, Shared<Tr>& smem) {
     const uint64_t q = wgmma_descriptor(smem.q[buffer][0][consumer * 64]);
     const auto begin_qk = [&](uint32_t block) {
       wgmma_fence();
-      issue_qk<Tr>(s, q, wgmma_descriptor(smem.k[stage_of<kStages>(block)]));
+      issue_qk<Tr>(s, q, wgmma_advance(k_ring, stage_of<kStages>(block) * sizeof(smem.k[0])));
     };
     // The consumer's turn on the tensor cores: S of a block, and P V of the one before, if there is one.
     const auto take_turn = [&](uint32_t block, bool has_p) {

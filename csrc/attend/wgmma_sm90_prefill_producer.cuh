@@ -1,6 +1,7 @@
 // The producer warpgroup of the Hopper prefill kernel: which tile next, and its Q, K and V by TMA.
 #pragma once
 
+#include "arithmetic.h"
 #include "attend/wgmma_sm90_prefill_traits.cuh"
 #include "device/wgmma.cuh"
 
@@ -94,6 +95,7 @@ class TileSchedule {
 struct Maps {
   CUtensorMap q, q_token, k, v;  // q_token: boxes of one token, for rows whose tokens are scattered
   int32_t box_keys;              // keys of a box of k and v; divides page_size and kBlockKeys
+  Divisor by_page{1};            // page_size
 };
 
 template <typename Tr>
@@ -169,9 +171,10 @@ template <typename Tr>
 __device__ void load_keys(const AttendParams& p, const Maps& maps, Shared<Tr>& smem) {
   constexpr int kBlockKeys = Tr::kBlockKeys;
   const int warp = threadIdx.x / 32 - 1, lane = threadIdx.x % 32;
-  // A block is loaded in (keys / box_keys) * kSlabs boxes; this warp issues numbers warp, warp + kLoadWarps, ...
-  const int boxes = kBlockKeys / maps.box_keys * Tr::kSlabs;
+  // A block is loaded in boxes of box_keys keys, slab by slab; this warp has boxes warp, warp + kLoadWarps, ...
+  const int boxes = kBlockKeys / maps.box_keys;
   const int own_boxes = (boxes - warp + kLoadWarps - 1) / kLoadWarps;
+  const uint32_t own_bytes = own_boxes * maps.box_keys * Tr::kHeadDim * sizeof(typename Tr::T);
   uint32_t kv_use = 0;  // of V; K runs one block ahead
 
   for (uint32_t tiles = 0;; ++tiles) {
@@ -183,12 +186,10 @@ __device__ void load_keys(const AttendParams& p, const Maps& maps, Shared<Tr>& s
     if (blocks == kNoMoreJobs) return;
     mbarrier_arrive(&smem.job_done[slot]);
 
-    // The page of this lane's box of a block, and the token in it. A box without keys lies outside the cache: TMA
-    // writes zeros.
+    // Where this lane's box of a block is. One without keys lies outside the cache: TMA writes zeros.
     const auto locate = [&](int block, int& page, int& token) {
-      const int box = warp + lane * kLoadWarps;
-      const int key = kv_begin + block * kBlockKeys + box / Tr::kSlabs * maps.box_keys;
-      const int column = key / p.page_size;
+      const int key = kv_begin + block * kBlockKeys + (warp + lane * kLoadWarps) * maps.box_keys;
+      const int column = key / maps.by_page;
       token = key - column * p.page_size;
       page = lane < own_boxes && key < kv_end ? pages[column] : p.num_pages;
     };
@@ -196,15 +197,15 @@ __device__ void load_keys(const AttendParams& p, const Maps& maps, Shared<Tr>& s
                           int token) {
       const uint32_t stage = stage_of<Tr::kStages>(use);
       mbarrier_wait(&empty[stage], parity_of<Tr::kStages>(use) ^ 1);
-      if (lane == 0)
-        mbarrier_arrive_expect_tx(&full[stage], own_boxes * maps.box_keys * kSlab * sizeof(typename Tr::T));
+      if (lane == 0) mbarrier_arrive_expect_tx(&full[stage], own_bytes);
 #pragma unroll 1
       for (int i = 0; i < own_boxes; ++i) {
         const int box_page = __shfl_sync(0xffffffff, page, i);
         const int box_token = __shfl_sync(0xffffffff, token, i);
-        const int box = warp + i * kLoadWarps;
-        const int slab = box % Tr::kSlabs, key = box / Tr::kSlabs * maps.box_keys;
-        if (lane == 0) {
+        if (lane != 0) continue;
+        const int key = (warp + i * kLoadWarps) * maps.box_keys;
+#pragma unroll
+        for (int slab = 0; slab < Tr::kSlabs; ++slab) {
           tma_load_cache(ring[stage][slab][key], &map, &full[stage], box_token, slab, kv_head, box_page, kEvictNormal);
         }
       }

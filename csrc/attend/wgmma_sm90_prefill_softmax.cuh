@@ -152,7 +152,6 @@ __device__ __forceinline__ void exponentials_between(float (&s)[Tr::kBlockKeys /
     if (group > 0) {
       pack(group - 1);
       offset[0] = behind(offset[0], probabilities[group * kWords - 1]);
-      if (!kMultiply) offset[1] = behind(offset[1], probabilities[group * kWords - 2]);
     }
   }
   pack(kGroups - 1);
