@@ -166,7 +166,7 @@ __device__ void announce_tiles(const AttendParams& p, const Maps& maps, Shared<T
   }
 }
 
-// The other warps: the tiles' blocks of K and V, last block first, the boxes of a block dealt among them.
+// The next kLoadWarps warps: the tiles' blocks of K and V, last block first, the boxes of a block dealt among them.
 template <typename Tr>
 __device__ void load_keys(const AttendParams& p, const Maps& maps, Shared<Tr>& smem) {
   constexpr int kBlockKeys = Tr::kBlockKeys;

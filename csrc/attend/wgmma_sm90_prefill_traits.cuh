@@ -73,6 +73,6 @@ __device__ __forceinline__ uint32_t parity_of(uint32_t use) {
 constexpr int kTailBarrier = 1;   // + consumer: its own warps
 constexpr int kOrderBarrier = 4;  // + consumer: its turn to issue matmuls
 
-constexpr int kLoadWarps = 2;  // small pages mean many boxes, more than one thread can issue in time
+constexpr int kLoadWarps = 2;  // one cannot issue the boxes of small pages in time; a third takes issue slots
 
 }  // namespace flashcore::prefill
