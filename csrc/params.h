@@ -106,8 +106,8 @@ struct Plan {
   int32_t* positions;      // [num_tokens] position of each query token: it sees keys 0..position when causal
   Row* rows;               // [max_rows]
   int32_t* row_tokens;     // [max_row_tokens] query tokens of packed rows
-  Tile* tiles;             // [max_tiles] ordered by (row, kv_head, kv_begin)
-  int32_t* tile_indptr;    // [max_rows * num_kv_heads + 1] tiles of each (row, kv_head)
+  Tile* tiles;             // [max_tiles] those of a (row, kv_head) follow each other by kv_begin; packed rows first
+  int32_t* pair_tiles;     // [max_rows * num_kv_heads, 2] tiles of each (row, kv_head): the first, and behind the last
   int32_t* cta_indptr;     // [num_ctas + 1] tiles of each CTA
   int32_t* merge_indptr;   // [num_tokens + 1] into merge_rows
   int32_t* merge_rows;     // [max_merge, 2] (row, index of the token in it), in the order of the keys
@@ -120,6 +120,10 @@ struct Plan {
   // Whether there is room for packed rows. Where the host knows that requests share nothing there is none, and only the
   // entry that every buffer has.
   constexpr bool may_pack() const { return max_row_tokens > 1; }
+  // Where the tiles of the first `rows` packed rows end. Those of packed rows stand in front, row by row.
+  constexpr int32_t packed_end(int32_t rows, int32_t num_kv_heads) const {
+    return rows > 0 ? pair_tiles[2 * rows * num_kv_heads - 1] : 0;
+  }
 };
 
 // From SGLang's req_to_token to a CSR page table. The slots of a page follow each other: page * page_size + offset.

@@ -142,7 +142,7 @@ def attend_plan(
     """
     tensors = plan.tensors() if isinstance(plan, Plan) else plan
     kv_indices = tensors[2].long()
-    positions, rows, row_tokens, tiles, tile_indptr, cta_indptr, merge_indptr, merge_rows = (
+    positions, rows, row_tokens, tiles, pair_tiles, cta_indptr, merge_indptr, merge_rows = (
         tensor.tolist() for tensor in tensors[4:12]
     )
     dtype = _exact_dtype(q)
@@ -182,7 +182,7 @@ def attend_plan(
                 partials[tiles[tile][3] + index * group + head % group]
                 for row, index in merge_rows[merge_indptr[token] : merge_indptr[token + 1]]
                 for pair in [row * num_kv_heads + head // group]
-                for tile in range(tile_indptr[pair], tile_indptr[pair + 1])
+                for tile in range(*pair_tiles[pair])
                 if tiles[tile][3] >= 0
             ]
             if parts:

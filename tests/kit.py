@@ -60,7 +60,8 @@ def make_untrimmed_plan(
     case = problem.case
     rows: list[list[int]] = []
     tiles: list[list[int]] = []
-    tile_indptr, merge_indptr, merge_rows, partials = [0], [0], [], 0
+    pair_tiles: list[list[int]] = []
+    merge_indptr, merge_rows, partials = [0], [], 0
     positions: list[int] = []
     kv_indptr, qo_indptr = problem.kv_indptr.tolist(), problem.qo_indptr.tolist()
     for request, (q_len, kv_len) in enumerate(zip(case.q_lens, case.kv_lens, strict=True)):
@@ -71,12 +72,13 @@ def make_untrimmed_plan(
             rows.append([qo_indptr[request] + begin, count, 0, kv_indptr[request], 0, kv_len, 0, request])
             for kv_head in range(case.num_kv_heads):
                 pair = (len(rows) - 1) * case.num_kv_heads + kv_head
+                first_tile = len(tiles)
                 for kv_begin in range(0, max(kv_len, 1), keys_per_tile):
                     kv_end = min(kv_begin + keys_per_tile, kv_len)
                     row = [kv_indptr[request], qo_indptr[request] + begin, count, 0]
                     tiles.append([pair, kv_begin, kv_end, partials, *row])
                     partials += count * case.group
-                tile_indptr.append(len(tiles))
+                pair_tiles.append([first_tile, len(tiles)])
     merge_indptr += range(1, len(merge_rows) + 1)
     cta_indptr = [len(tiles) * c // num_ctas for c in range(num_ctas + 1)]
 
@@ -92,7 +94,7 @@ def make_untrimmed_plan(
         ints(rows, -1, ROW_FIELDS) if rows else ints([], 0, ROW_FIELDS),
         ints([0]),
         ints(tiles, -1, TILE_FIELDS) if tiles else ints([], 0, TILE_FIELDS),
-        ints(tile_indptr),
+        ints(pair_tiles, -1, 2) if pair_tiles else ints([], 0, 2),
         ints(cta_indptr),
         ints(merge_indptr),
         ints(merge_rows, -1, 2) if merge_rows else ints([], 0, 2),

@@ -195,7 +195,7 @@ class PlanView:
     counts: list[int]
     rows: list[RowView]
     tiles: list[list[int]]
-    tile_indptr: list[int]
+    pair_tiles: list[list[int]]  # of each (row, KV head): first, end
     cta_indptr: list[int]
     merge: list[list[tuple[int, int]]]  # of each token
     positions: list[int]
@@ -220,13 +220,16 @@ class PlanView:
             counts=counts,
             rows=rows,
             tiles=plan.tiles[:num_tiles].tolist(),
-            tile_indptr=plan.tile_indptr[: num_rows * batch.num_kv_heads + 1].tolist(),
+            pair_tiles=plan.pair_tiles[: num_rows * batch.num_kv_heads].tolist(),
             cta_indptr=plan.cta_indptr.tolist(),
             merge=[entries[indptr[t] : indptr[t + 1]] for t in range(num_tokens)],
             positions=plan.positions[:num_tokens].tolist(),
             kv_indices=plan.kv_indices.tolist(),
             row_tokens=row_tokens,
         )
+
+    def tiles_of(self, pair: int) -> list[list[int]]:
+        return self.tiles[slice(*self.pair_tiles[pair])]
 
 
 def check_plan(plan: Plan, batch: Batch) -> PlanView:
@@ -296,12 +299,13 @@ def check_sparse_row(view: PlanView, batch: Batch, r: int, rows: list[RowView]) 
 
 
 def check_tiles(view: PlanView, batch: Batch, capacity: Capacity) -> None:
-    assert view.tile_indptr[0] == 0
-    assert view.tile_indptr[-1] == len(view.tiles) == view.counts[Count.NUM_TILES] <= capacity.max_tiles
+    assert view.counts[Count.NUM_TILES] <= capacity.max_tiles
+    ranges = sorted(view.pair_tiles)
+    assert [0, *(end for _, end in ranges)] == [*(begin for begin, _ in ranges), len(view.tiles)], "each tile is of one"
     used: list[tuple[int, int]] = []
     for pair in range(len(view.rows) * batch.num_kv_heads):
         row = view.rows[pair // batch.num_kv_heads]
-        tiles = view.tiles[view.tile_indptr[pair] : view.tile_indptr[pair + 1]]
+        tiles = view.tiles_of(pair)
         assert tiles, "every pair has a tile"
         assert [tile[0] for tile in tiles] == [pair] * len(tiles)
         begins, ends = [tile[1] for tile in tiles], [tile[2] for tile in tiles]
@@ -346,7 +350,7 @@ def check_packed_cuts(view: PlanView, batch: Batch) -> None:
         assert row.flags >> ALIKE_SHIFT == rank | readers[row.page_begin, row.kv_len] << ALIKE_BITS
         rank = (rank + 1) % readers[row.page_begin, row.kv_len]  # rows of the same keys follow each other
         for pair in range(i * batch.num_kv_heads, (i + 1) * batch.num_kv_heads):
-            tiles = view.tiles[view.tile_indptr[pair] : view.tile_indptr[pair + 1]]
+            tiles = view.tiles_of(pair)
             spans = [(tile[1], tile[2]) for tile in tiles]
             assert cuts.setdefault((row.page_begin, row.kv_len), spans) == spans
 
@@ -380,7 +384,7 @@ def check_ctas(view: PlanView, batch: Batch) -> None:
 
 def cut_by_pairs(view: PlanView) -> bool:
     """Whether every CTA has whole (row, KV head) pairs, or one piece of one."""
-    whole = {begin for begin, end in itertools.pairwise(view.tile_indptr) if end - begin == 1}
+    whole = {begin for begin, end in view.pair_tiles if end - begin == 1}
     ctas = itertools.pairwise(view.cta_indptr)
     return all(end - begin <= 1 or whole.issuperset(range(begin, end)) for begin, end in ctas)
 
@@ -431,7 +435,8 @@ def pages_listed(plan: Plan, r: int, kv_len: int) -> list[int]:
     row = int(plan.merge_rows[plan.merge_indptr[r], 0])
     counts = []
     for pair in range(row * heads, (row + 1) * heads):
-        tiles = plan.tiles[plan.tile_indptr[pair] : plan.tile_indptr[pair + 1]].tolist()
+        begin, end = plan.pair_tiles[pair].tolist()
+        tiles = plan.tiles[begin:end].tolist()
         begins, ends = zip(*((tile[1], tile[2]) for tile in tiles), strict=True)
         keys = max(end for begin, end in zip(begins, ends, strict=True) if begin < end)
         assert all(begin == end for begin, end in zip(begins, ends, strict=True) if begin >= keys)

@@ -330,8 +330,8 @@ def test_many_partial_results_of_hundreds_of_requests(variant: str) -> None:
 
     def attend(some: Problem) -> tuple[torch.Tensor, torch.Tensor]:
         plan = kit.make_plan(some, rows_per_tile=rows_per_tile, split_keys=64)
-        tiles = plan.tile_indptr[: plan.counts[Count.NUM_ROWS] * case.num_kv_heads + 1].diff()
-        assert set(tiles.tolist()) == set(range(1, 18))
+        tiles = plan.pair_tiles[: plan.counts[Count.NUM_ROWS] * case.num_kv_heads].diff(dim=1)
+        assert set(tiles.flatten().tolist()) == set(range(1, 18))
         return kit.attend(some, plan, variant=variant, rows_per_tile=rows_per_tile)
 
     out, lse = attend(problem)

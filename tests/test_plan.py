@@ -51,6 +51,13 @@ CASES: dict[str, Batch] = {
     "group 7": private([300, 40], q_lens=[50, 1], group=7),
     "group fills the tile": private([300, 40], q_lens=[5, 1], group=16),
     "heavy tiles": private([900, 300], q_lens=[90, 300], rows_per_tile=256, num_ctas=50),
+    "long, a line for each head": private([1500, 0, 900, 3000, 64], num_kv_heads=8, num_ctas=16),
+    "long, two heads in turn": private([1500, 900, 70, 3000], num_kv_heads=8, num_ctas=12),
+    "long, five lines, and a CTA more": private([1500, 900, 3000], num_kv_heads=10, num_ctas=15),
+    "long, equal pieces": private([2000] * 3, num_kv_heads=6, num_ctas=60),
+    "long, whole pairs": private([1000] * 9, num_kv_heads=4, num_ctas=20),
+    "long, one head": private([5000, 100], num_kv_heads=1, num_ctas=8),
+    "long, no two lines": private([5000, 100, 0], num_kv_heads=4, num_ctas=9),
     "fixed cuts": private([1000, 128, 129, 5, 0], split_keys=128),
     "fixed cuts with extend": private([1000, 128, 129], q_lens=[20, 1, 129], split_keys=128),
     "window policy": private([30, 48, 49, 64, 500, 0], policy=Policy.WINDOW),
@@ -92,6 +99,46 @@ def test_laws_of_any_batch(batch: Batch) -> None:
     check_plan(batch.plan(), batch)
 
 
+# Equal requests are cut into pieces, or not at all, others anywhere.
+@pytest.mark.parametrize("lens", [[1500, 0, 900, 3000, 64], [2000, 2000], [1000] * 9], ids=str)
+@pytest.mark.parametrize("heads, ctas, lines", [(8, 32, 8), (4, 24, 4), (8, 12, 4), (9, 24, 3), (1, 8, 1)])
+def test_long_steps_read_neighbouring_heads_at_once(heads: int, ctas: int, lines: int, lens: list[int]) -> None:
+    batch = private(lens, num_kv_heads=heads, num_ctas=ctas)
+    view = check_plan(batch.plan(), batch)
+    of_cta = [view.tiles[begin:end] for begin, end in itertools.pairwise(view.cta_indptr)]
+    each = ctas // lines
+    work = [[(pair // heads, pair % heads, *span) for pair, *span, _, _, _, _, _ in tiles] for tiles in of_cta]
+    by_line = [work[line * each : (line + 1) * each] for line in range(lines)]
+    places = [
+        *range(0, lines, 2),
+        *range(1, lines, 2),
+    ]  # of two neighbours one is half of all CTAs on
+    for place, line in zip(places, by_line, strict=True):
+        assert {head % lines for tiles in line for _, head, *_ in tiles} == {place}
+        spans = [[(row, head // lines, *span) for row, head, *span in tiles] for tiles in line]
+        assert spans == [[(row, head // lines, *span) for row, head, *span in tiles] for tiles in by_line[0]]
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        pytest.param(private([1500, 900, 300], q_lens=[100, 1, 30], num_kv_heads=4), id="prefill"),
+        pytest.param(private([300, 150], num_kv_heads=4, num_ctas=40), id="short"),
+        pytest.param(private([1000, 2000, 300], split_keys=128, num_kv_heads=4, num_ctas=8), id="fixed cuts"),
+        pytest.param(
+            private([900] * 6, policy=Policy.TOPK, budget_pages=40, num_kv_heads=4, num_ctas=8), id="page lists"
+        ),
+        pytest.param(
+            Batch([[*range(64), *range(64 + 30 * r, 94 + 30 * r)] for r in range(8)], [94 * 16] * 8, num_kv_heads=4),
+            id="packed rows",
+        ),
+    ],
+)
+def test_other_steps_take_heads_in_turn(batch: Batch) -> None:
+    view = check_plan(batch.plan(), batch)
+    assert [tile[0] for tile in view.tiles] == sorted(tile[0] for tile in view.tiles)
+
+
 def test_fixed_cuts_do_not_depend_on_the_batch() -> None:
     alone = private([1000], split_keys=128, num_ctas=132)
     crowd = private([1000, 40, 3000], split_keys=128, num_ctas=132)
@@ -124,7 +171,7 @@ def used_parts(plan: Plan, batch: Batch) -> list[torch.Tensor]:
         "rows": plan.rows[:num_rows],
         "row_tokens": plan.row_tokens[: sum(row[1] for row in plan.rows[:num_rows].tolist() if row[2] & 1)],
         "tiles": plan.tiles[: counts[Count.NUM_TILES]],
-        "tile_indptr": plan.tile_indptr[: num_rows * batch.num_kv_heads + 1],
+        "pair_tiles": plan.pair_tiles[: num_rows * batch.num_kv_heads],
         "cta_indptr": plan.cta_indptr,
         "merge_indptr": plan.merge_indptr[: num_tokens + 1],
         "merge_rows": plan.merge_rows[: int(plan.merge_indptr[num_tokens])],

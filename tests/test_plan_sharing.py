@@ -104,7 +104,7 @@ def test_packed_rows_are_cut_finer_where_short_tiles_end_amid_them(own: int, pie
     view = check_plan(batch.plan(), batch)
     packed = [pair for pair, row in enumerate(view.rows) if row.flags & PACKED]
     assert len(packed) == 16
-    assert {view.tile_indptr[i + 1] - view.tile_indptr[i] for i in packed} == {pieces}
+    assert {len(view.tiles_of(i)) for i in packed} == {pieces}
 
 
 @pytest.mark.parametrize("group, pieces", [(16, 2), (17, 4)])
@@ -113,7 +113,7 @@ def test_where_one_kernel_takes_all_rows_packed_ones_are_cut_finer(group: int, p
     shape = {"num_kv_heads": 2, "group": group, "rows_per_tile": 32 * group, "num_ctas": 66}
     batch = from_tree([Node(8192, leaves(128, 256)) for _ in range(4)], 64, **shape)
     view = check_plan(batch.plan(), batch)
-    assert {view.tile_indptr[2 * i + 1] - view.tile_indptr[2 * i] for i in range(16)} == {pieces}
+    assert {len(view.tiles_of(2 * i)) for i in range(16)} == {pieces}
 
 
 # (requests of a prefix, their own units, how many of 1024 SMs the packed rows get): 4 prefixes of 128 units. With 128
@@ -128,7 +128,7 @@ def test_packed_rows_get_sms_by_their_work(readers: int, own: int, share: int) -
     view = check_plan(batch.plan(), batch)
     assert view.counts[Count.PACKED_SHARE] == share
     packed = [i for i, row in enumerate(view.rows) if row.flags & PACKED]
-    assert view.tile_indptr[8 * len(packed)] <= 264
+    assert view.pair_tiles[8 * len(packed) - 1][1] <= 264
 
 
 @pytest.mark.parametrize("prefix, packed", [(384, False), (512, True)])
@@ -169,7 +169,7 @@ def test_prefixes_pay_together() -> None:
 def test_packed_tiles_are_as_long_as_a_share(units: int, own: int, longest: int) -> None:
     batch = from_tree([Node(64 * units, leaves(16, 64 * own))], 64, **HOPPER)
     view = check_plan(batch.plan(), batch)
-    tiles = view.tiles[view.tile_indptr[0] : view.tile_indptr[1]]
+    tiles = view.tiles_of(0)
     assert max(tile[2] - tile[1] for tile in tiles) == 64 * longest
 
 
@@ -189,7 +189,7 @@ def test_packed_rows_of_few_queries_are_cut_by_shares() -> None:
     rows = [row for row in view.rows if row.flags & PACKED]
     assert len(rows) == 1
     assert not rows[0].flags & ALIKE
-    cuts = {tile[1] for pair in range(8) for tile in view.tiles[view.tile_indptr[pair] : view.tile_indptr[pair + 1]]}
+    cuts = {tile[1] for pair in range(8) for tile in view.tiles_of(pair)}
     assert len(cuts) > 132 // 8  # another place in each pair
 
 

@@ -27,8 +27,8 @@ bool for_each_partial(const AttendParams& params, int token, int head, Visit vis
   const int kv_head = head / group;
   for (int entry = plan.merge_indptr[token]; entry < plan.merge_indptr[token + 1]; ++entry) {
     const int row = plan.merge_rows[2 * entry], index = plan.merge_rows[2 * entry + 1];
-    const int pair = row * params.num_kv_heads + kv_head;
-    for (int tile = plan.tile_indptr[pair]; tile < plan.tile_indptr[pair + 1]; ++tile) {
+    const int* tiles = plan.pair_tiles + 2 * (row * params.num_kv_heads + kv_head);
+    for (int tile = tiles[0]; tile < tiles[1]; ++tile) {
       if (plan.tiles[tile].partial < 0) return false;
       visit(static_cast<int64_t>(plan.tiles[tile].partial) + index * group + head % group);
     }

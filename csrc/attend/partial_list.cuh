@@ -47,8 +47,7 @@ struct PartialList {
     return reinterpret_cast<const int2*>(plan.merge_rows)[entry];
   }
   __device__ __forceinline__ int2 tiles_of(int2 at) const {
-    const int pair = at.x * num_kv_heads + kv_head;
-    return make_int2(plan.tile_indptr[pair], plan.tile_indptr[pair + 1]);
+    return reinterpret_cast<const int2*>(plan.pair_tiles)[at.x * num_kv_heads + kv_head];
   }
 };
 

@@ -33,7 +33,7 @@
 // - Ranges drawn by ticket instead of one share a CTA: nothing where memory is the limit, although SMs of a small GPC
 //   end at 74 % of the time (the others then get its bandwidth); 10 to 17 % where prefixes are shared, since the rows
 //   that read the same pages then do so at the same time.
-// - Cutting all heads of a row alike, so that neighbours in memory are read together: nothing.
+// - All heads of a row cut alike and read at the same time, as they stand in memory (Lines, plan/schedule.h): 1 to 3 %.
 // - Tall tiles of the same keys side by side in time, and beside short ones: 4 x 128 x 8592 with 8192 shared, 410 to
 //   320 us.
 // - Tall tiles of 128 queries instead of 64: half the bytes from L2, 12 to 25 % faster where most keys are shared
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm)
     if (threadIdx.x == 0) shared.first = ApartDealer(params.attend, first).first(first);
   }
   TileWindow guess(params.attend.plan);
-  if (warp == kConsumerWarps) guess.load(blockIdx.x, lane);
+  if (warp == kConsumerWarps) guess.load_guess(lane);
   int32_t touched = 0;
   if (warp == kConsumerWarps + 1) touched = touch_tiles(params.attend.plan, lane);
   allow_dependents();  // the merge gets ready in the slots of the CTAs that end first

@@ -30,7 +30,7 @@ struct Dealer {
       return;
     }
     num_tiles = first.num_tiles;
-    num_tall = plan.tile_indptr[first.rows_packed * p.num_kv_heads];
+    num_tall = plan.packed_end(first.rows_packed, p.num_kv_heads);
     stretch = max(1, (num_tiles - num_tall) / (kStretchesPerCta * num_ctas));
     queues_left = 2;
     on_short = (blockIdx.x + blockIdx.x / half()) % 2;
@@ -96,7 +96,7 @@ struct ApartDealer {
       dealt = gridDim.x;
       return;
     }
-    begin = plan.tile_indptr[first.rows_packed * p.num_kv_heads];
+    begin = plan.packed_end(first.rows_packed, p.num_kv_heads);
     tiles = first.num_tiles - begin;
     stretch = max(1, tiles / (kStretchesPerCta * static_cast<int>(gridDim.x)));
     items = ceil_div(tiles, stretch);

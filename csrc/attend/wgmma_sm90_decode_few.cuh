@@ -41,7 +41,7 @@ __global__ void __maxnreg__(216) attend_few_kernel(const __grid_constant__ FewPa
   const TileRange range = first_range(plan);
   const int rows_packed = load_kept(plan.counts + kRowsPacked);
   TileWindow tiles(plan);
-  tiles.load(blockIdx.x, lane);
+  tiles.load_guess(lane);
   allow_dependents();
 
   if (params.serves != Serves::all && (params.serves == Serves::sharing) != (rows_packed > 0)) {

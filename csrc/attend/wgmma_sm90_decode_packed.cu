@@ -28,7 +28,7 @@ class PackedOrder {
       : plan_(plan),
         num_heads_(num_kv_heads),
         num_rows_(load_kept(plan.counts + kRowsPacked)),
-        num_tiles_(plan.tile_indptr[num_rows_ * num_kv_heads]) {
+        num_tiles_(plan.packed_end(num_rows_, num_kv_heads)) {
     load(0);
   }
 
@@ -44,7 +44,7 @@ class PackedOrder {
  private:
   static constexpr int kLast = 31;
 
-  __device__ int begin_of(int row) const { return plan_.tile_indptr[row * num_heads_]; }
+  __device__ int begin_of(int row) const { return plan_.packed_end(row, num_heads_); }
   __device__ void load(int base) {
     const int row = base + static_cast<int>(threadIdx.x % 32);
     base_ = base;

@@ -51,7 +51,7 @@ struct PageWindow {
 };
 
 // The plan's tiles [base, base + 32), one a lane: one round trip fetches what a CTA mostly needs. A kernel's first
-// window is a guess, fetched at once with the CTA's first range: it holds where there are few more tiles than CTAs,
+// window is a guess, fetched at once with the CTA's first range: it holds where there are about as many tiles as CTAs,
 // which is where a round trip counts.
 struct TileWindow {
   const Plan& plan;
@@ -64,6 +64,8 @@ struct TileWindow {
     base = first;
     lanes_tile = first + lane < plan.max_tiles ? load_kept(plan.tiles + first + lane) : Tile{};
   }
+  // About tile blockIdx.x: there are cuts in front of it, which make more tiles, and CTAs without one.
+  __device__ __forceinline__ void load_guess(int lane) { load(blockIdx.x - blockIdx.x / 16, lane); }
   // Tile i of the plan, from the window if it is there; all lanes together.
   __device__ __forceinline__ Tile tile(int i) const {
     if (!holds(i)) return plan.tiles[i];
@@ -140,7 +142,7 @@ __device__ __forceinline__ void prefetch_merge(const AttendParams& p, int lane) 
   const Prefetch prefetch(lane);
   prefetch.table(0, p.plan.merge_indptr, (p.num_tokens + 1) * sizeof(int32_t));
   prefetch.table(1, p.plan.merge_rows, p.plan.max_merge * 2 * sizeof(int32_t));
-  prefetch.table(2, p.plan.tile_indptr, p.plan.max_rows * p.num_kv_heads * sizeof(int32_t));
+  prefetch.table(2, p.plan.pair_tiles, p.plan.max_rows * p.num_kv_heads * 2 * sizeof(int32_t));
   prefetch.table(3, p.plan.tiles, p.plan.max_tiles * sizeof(Tile));
 }
 

@@ -55,8 +55,9 @@ class TileSchedule {
     rank = __shfl_sync(0xffffffff, rank, 0);
     if (rank >= num_pairs_) return false;
     const auto [row, head] = locate(rank);
-    tile_ = p_.plan.tile_indptr[row * p_.num_kv_heads + head];
-    end_ = p_.plan.tile_indptr[row * p_.num_kv_heads + head + 1];
+    const int2 tiles = reinterpret_cast<const int2*>(p_.plan.pair_tiles)[row * p_.num_kv_heads + head];
+    tile_ = tiles.x;
+    end_ = tiles.y;
     return true;
   }
 

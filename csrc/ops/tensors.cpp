@@ -72,8 +72,9 @@ PlanArg describe_plan(const char* op, const std::vector<Tensor>& tensors, int de
   const TensorArg row_tokens = describe_ints(op, "plan.row_tokens", tensors[6], 0, device);
   const TensorArg tiles = describe_ints(op, "plan.tiles", tensors[7], 0, device);
   require_shape(tiles, {kAnySize, sizeof(Tile) / sizeof(int32_t)}, "(max_tiles, fields of Tile)");
-  const TensorArg tile_indptr =
-      describe_ints(op, "plan.tile_indptr", tensors[8], rows.size(0) * num_kv_heads + 1, device);
+  const TensorArg pair_tiles =
+      describe_ints(op, "plan.pair_tiles", tensors[8], 2 * rows.size(0) * num_kv_heads, device);
+  require_shape(pair_tiles, {kAnySize, 2}, "(max_rows * num_kv_heads, first tile and end)");
   const TensorArg cta_indptr = describe_ints(op, "plan.cta_indptr", tensors[9], 2, device);
   const TensorArg merge_indptr = describe_ints(op, "plan.merge_indptr", tensors[10], num_tokens + 1, device);
   const TensorArg merge_rows = describe_ints(op, "plan.merge_rows", tensors[11], 0, device);
@@ -94,7 +95,7 @@ PlanArg describe_plan(const char* op, const std::vector<Tensor>& tensors, int de
               .rows = rows.as<Row>(),
               .row_tokens = row_tokens.as<int32_t>(),
               .tiles = tiles.as<Tile>(),
-              .tile_indptr = tile_indptr.as<int32_t>(),
+              .pair_tiles = pair_tiles.as<int32_t>(),
               .cta_indptr = cta_indptr.as<int32_t>(),
               .merge_indptr = merge_indptr.as<int32_t>(),
               .merge_rows = merge_rows.as<int32_t>(),

@@ -110,7 +110,7 @@ struct NodeRows {
   }
 };
 
-// What a row adds to the plan, as if the line were not cut.
+// What a row adds to the plan, as if no line were cut.
 struct RowSum {
   int64_t cost;
   int32_t pages, tiles, partials;
@@ -122,7 +122,7 @@ struct RowSum {
   }
 };
 
-// How the pairs of a row are cut without regard to the line: every split_units units.
+// How the pairs of a row are cut without regard to the lines: every split_units units.
 //
 // In deterministic mode: requests of one token (others are short). Else: packed rows, so that those of a node, which
 // read the same keys, are cut alike and can read them together (kAlike).
@@ -144,7 +144,7 @@ struct FixedCuts {
   FLASHCORE_HD FixedCuts(const PlanJob& p, const Sums& s, int32_t i)
       : split_units(s.row_split[i]), tiles((s.row_tiles[i + 1] - s.row_tiles[i]) / p.by_head) {}
 
-  // Whether all tiles of the row leave partial results, even if the line cuts none of its pairs.
+  // Whether all tiles of the row leave partial results, even if its line cuts none of its pairs.
   FLASHCORE_HD bool merged(const Row& row) const { return tiles > 1 || !(row.flags & kSole); }
 };
 
@@ -172,6 +172,7 @@ struct RequestRows {
 // What there is of everything; nothing of a batch that does not fit.
 struct Totals {
   int32_t rows = 0, packed_rows = 0, uncut = 0, cuts = 0, partials = 0, pages = 0;
+  Lines lines;
   PackedPieces packed_pieces;
   int32_t packed_share = 0;  // kPackedShare
   bool share = false;        // whether there are packed rows
@@ -179,7 +180,7 @@ struct Totals {
   bool fits = false;
 
   FLASHCORE_HD int32_t tiles() const { return uncut + cuts; }
-  // Whether every pair is one tile, if the line does not cut it.
+  // Whether every pair is one tile, if its line does not cut it.
   FLASHCORE_HD bool one_tile_each(const PlanJob& p) const { return p.split_keys == 0 && packed_rows == 0; }
 };
 
@@ -224,7 +225,9 @@ class Builder {
     const RowSum sum = place_rows();
     total.uncut = sum.tiles;
     total.pages = sum.pages;
-    const CutSum cuts = cut_line(sum);
+    const int64_t enough = int64_t{kLinesUnits} * kBaseCost * plan.num_ctas;
+    total.lines = Lines(p, total.packed_rows == 0 && sum.cost >= enough);
+    const CutSum cuts = cut_lines(sum);
     total.cuts = cuts.cuts;
     total.partials = sum.partials + cuts.partials;
     if (total.tiles() > plan.max_tiles || total.partials > plan.max_partials) return {};
@@ -325,59 +328,69 @@ class Builder {
     return own_row(p, request, r, i * tokens_per_row(p));
   }
 
-  // The first tile that a CTA's stretch of the line holds the start of, and the cut there, if there is one.
+  // The first tile that a CTA's stretch of its line holds the start of, and the cut there, if there is one.
   struct Start {
-    int32_t tile = 0;  // as if the line were not cut
+    int32_t tile = 0;  // as if no line were cut
     int32_t pair = 0, unit = 0;
     CutSum cut = {0, 0};  // whether there is a new cut, and the partial results it adds
   };
 
   FLASHCORE_TEAM Start start_of(const Line& line, int32_t cta) const {
-    if (cta >= line.shares || total.rows == 0) return {.tile = total.uncut};
+    const Lines& lines = total.lines;
+    if (cta == p.plan.num_ctas) return {.tile = total.uncut};
+    const int32_t number = lines.count == 1 ? 0 : cta / p.by_line_ctas, of_line = cta - number * lines.ctas;
+    const int32_t tiles = lines.part(p, total.uncut), first_tile = number * tiles;
+    if (of_line >= line.shares || total.rows == 0) return {.tile = first_tile + tiles};
     if (line.whole > 0) {
-      const int32_t pairs = total.rows * p.num_kv_heads, pair = cta * line.whole;
-      return {.tile = pair < pairs ? pair : pairs};
+      const int32_t tile = of_line * line.whole;
+      return {.tile = first_tile + (tile < tiles ? tile : tiles)};
     }
-    if (line.pieces > 0) return start_of_piece(line, cta);
-    const int64_t begin = line.begin(cta);
-    const int32_t i = find_segment(s.row_cost, 0, total.rows, begin);
+    if (line.pieces > 0) return start_of_piece(line, number, first_tile, of_line);
+    const int64_t begin = line.begin(of_line);
+    const int32_t i = find_segment(s.row_cost, 0, total.rows, begin * lines.count);
     const Row& row = s.rows[i];
     const PairWork work = work_of(row, p.group);
     const FixedCuts fixed(p, s, i);
-    const int64_t in_row = begin - s.row_cost[i];
-    const int32_t head = static_cast<int32_t>(divide(in_row, work.total()));
-    const int32_t in_pair = static_cast<int32_t>(in_row - head * work.total());
+    const int64_t of_all = begin * lines.count - s.row_cost[i];
+    const int64_t in_row = lines.count == 1 ? of_all : divide(of_all, lines.count);
+    const int32_t turn = static_cast<int32_t>(divide(in_row, work.total()));
+    const int32_t in_pair = static_cast<int32_t>(in_row - turn * work.total());
     const int32_t unit = ceil_div(in_pair, work.cost);  // the first one at or after the start of the stretch
-    const int32_t tile = s.row_tiles[i] + head * fixed.tiles;
+    const int32_t tile = first_tile + lines.part(p, s.row_tiles[i]) + turn * fixed.tiles;
     if (p.split_keys > 0 || row.flags & kAlike) {
       const int32_t k = ceil_div(unit, fixed.split_units);
       return {.tile = tile + (k < fixed.tiles ? k : fixed.tiles)};
     }
     if (unit >= work.units) return {.tile = tile + 1};
     // A CTA whose stretch holds no unit of the pair starts where the next one does.
-    const int64_t before = cta > 0 ? begin - line.begin(cta - 1) : 0;
+    const int64_t before = of_line > 0 ? begin - line.begin(of_line - 1) : 0;
     const bool cuts = unit > 0 && int64_t{unit - 1} * work.cost >= in_pair - before;
     const bool first = in_pair <= before && !fixed.merged(row);  // then the tile before the cut is merged, too
     return {.tile = tile,
-            .pair = i * p.num_kv_heads + head,
+            .pair = i * p.num_kv_heads + lines.head(number, turn),
             .unit = unit,
             .cut = {cuts, cuts ? (first ? 2 : 1) * work.packed : 0}};
   }
 
-  FLASHCORE_TEAM Start start_of_piece(const Line& line, int32_t cta) const {
-    const int32_t pair = cta / line.pieces, piece = cta - pair * line.pieces, i = pair / p.by_head;
-    if (i >= total.rows) return {.tile = total.rows * p.num_kv_heads};
+  FLASHCORE_TEAM Start start_of_piece(const Line& line, int32_t number, int32_t first_tile, int32_t of_line) const {
+    const Lines& lines = total.lines;
+    const int32_t pair = of_line / line.pieces, piece = of_line - pair * line.pieces;
+    const int32_t i = pair * lines.count / p.by_head, turn = pair - i * lines.in_turn;
+    if (i >= total.rows) return {.tile = first_tile + total.rows * lines.in_turn};
     const PairWork work = work_of(s.rows[i], p.group);
     const int32_t unit = piece * work.units / line.pieces;
     const int32_t unit_before = piece > 0 ? (piece - 1) * work.units / line.pieces : 0;
     const bool cuts = unit > unit_before;  // a pair of fewer units leaves CTAs without
-    return {
-        .tile = pair, .pair = pair, .unit = unit, .cut = {cuts, cuts ? (unit_before == 0 ? 2 : 1) * work.packed : 0}};
+    return {.tile = first_tile + pair,
+            .pair = i * p.num_kv_heads + lines.head(number, turn),
+            .unit = unit,
+            .cut = {cuts, cuts ? (unit_before == 0 ? 2 : 1) * work.packed : 0}};
   }
 
-  FLASHCORE_TEAM CutSum cut_line(const RowSum& sum) {
-    Line line(sum.cost, p.plan.num_ctas, p.split_keys == 0);
-    if (total.one_tile_each(p) && total.rows > 0) line.cut_by_pairs(total.rows * p.num_kv_heads, sum.longest);
+  FLASHCORE_TEAM CutSum cut_lines(const RowSum& sum) {
+    const Lines& lines = total.lines;
+    Line line(lines.count == 1 ? sum.cost : divide(sum.cost, lines.count), lines.ctas, p.split_keys == 0);
+    if (total.one_tile_each(p) && total.rows > 0) line.cut_by_pairs(total.rows * lines.in_turn, sum.longest);
     Start start;
     return team.template scan<CutSum>(
         p.plan.num_ctas + 1,

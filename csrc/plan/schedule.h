@@ -1,9 +1,10 @@
 // The arithmetic of a plan, for host and device alike: what a request wants, what a key costs, where tiles are cut.
 //
-// Balanced tiles ("stream-K", Osama et al., arXiv 2301.03598): the work of all (row, KV head) pairs is laid on one
-// line, in units of kSplitUnit keys, and the line is cut evenly over the CTAs. Where pairs are about as long as each
-// other, each is cut into as many equal pieces as there are CTAs for it, or a CTA takes a number of whole ones. Every
-// cut has a closed form, so that tiles are found in parallel and come out the same on every machine.
+// Balanced tiles ("stream-K", Osama et al., arXiv 2301.03598): the work of all (row, KV head) pairs is laid on a line,
+// in units of kSplitUnit keys, and the line is cut evenly over the CTAs. Where pairs are about as long as each other,
+// each is cut into as many equal pieces as there are CTAs for it, or a CTA takes a number of whole ones. Every cut has
+// a closed form, so that tiles are found in parallel and come out the same on every machine. Long decode steps have
+// several lines, cut alike (Lines).
 #pragma once
 
 #include <algorithm>
@@ -36,6 +37,7 @@ constexpr int32_t kLargestBlock = 128;
 struct PlanJob : PlanParams {
   Divisor by_page, by_row, by_small_row, by_head;  // page_size, tokens of a row and of a small packed row, KV heads
   Divisor by_begin;                                // of what a row's first key is a multiple
+  Divisor by_lines, by_line_ctas;                  // of long steps: Lines::count and ctas
 
   explicit PlanJob(const PlanParams& p)
       : PlanParams(p),
@@ -43,7 +45,16 @@ struct PlanJob : PlanParams {
         by_row(p.plan.rows_per_tile / p.group),
         by_small_row(std::max(std::min(p.plan.rows_per_tile, kSmallRow) / p.group, 1)),
         by_head(p.num_kv_heads),
-        by_begin(p.split_keys > 0 ? std::lcm(p.page_size, kLargestBlock) : p.page_size) {}
+        by_begin(p.split_keys > 0 ? std::lcm(p.page_size, kLargestBlock) : p.page_size),
+        by_lines(has_lines(p) ? std::gcd(p.plan.num_ctas, p.num_kv_heads) : 1),
+        by_line_ctas(p.plan.num_ctas / by_lines.value) {}
+
+ private:
+  // Heads read together are requests read apart. Requests that share pages nevertheless, since they have to be cut the
+  // same in any batch, or choose the same ones, are faster where those that do are read together, by way of L2.
+  static bool has_lines(const PlanParams& p) {
+    return p.num_tokens <= p.batch && p.policy == Policy::exact && p.split_keys == 0;
+  }
 };
 
 // Last index i of a non-decreasing indptr with indptr[i] <= value, knowing that indptr[low] <= value < indptr[high];
@@ -188,8 +199,43 @@ FLASHCORE_HD int64_t divide(int64_t a, int64_t b) {
   return a / b;
 }
 
-// The line in `shares` stretches, the first `longer` of them of length + 1: a unit belongs to the CTA in whose stretch
-// it starts. A unit whose predecessor in the pair belongs to another CTA starts a tile: there the line is cut.
+// How the KV heads of a row are laid out: on one line, one behind the other, or on `count` lines, each with in_turn of
+// them and its own CTAs. Lines hold the same rows and are cut alike, so that `count` neighbouring heads of a token are
+// read at about the same time. They stand side by side in memory, whose rows are then opened once and not once a head.
+// Lines of even heads come before those of odd ones: heads 2 i and 2 i + 1 are read by CTAs c and c + num_ctas / 2,
+// which are on one SM where it has two, and so stay together. (Seven H200s, 32 query and 8 KV heads: 1 to 1.9 % faster
+// from 128 MB of keys and values on, 3 % with heads of 64. scripts/bench/NOTES.md, "Heads side by side".)
+struct Lines {
+  int32_t count = 1, in_turn = 0, ctas = 0;
+
+  Lines() = default;
+  FLASHCORE_HD Lines(const PlanJob& p, bool abreast)
+      : count(abreast ? p.by_lines.value : 1),
+        in_turn(abreast ? p.num_kv_heads / p.by_lines : p.num_kv_heads),
+        ctas(abreast ? p.by_line_ctas.value : p.plan.num_ctas) {}
+
+  // Of what all lines have together, in equal parts.
+  FLASHCORE_HD int32_t part(const PlanJob& p, int32_t of_all) const {
+    return count == 1 ? of_all : of_all / p.by_lines;
+  }
+
+  // A line has each count-th KV head; this is the one whose turn it is.
+  FLASHCORE_HD int32_t head(int32_t line, int32_t turn) const {
+    const int32_t even = (count + 1) / 2;
+    return turn * count + (line < even ? 2 * line : 2 * (line - even) + 1);
+  }
+  FLASHCORE_HD int32_t line_of(int32_t head, int32_t turn) const {
+    const int32_t place = head - turn * count;
+    return place / 2 + place % 2 * ((count + 1) / 2);
+  }
+};
+
+// A CTA gets so many units at least where there are several lines: short steps wait for other things than memory, and
+// may have fewer stretches than CTAs, which are to be on different SMs.
+constexpr int32_t kLinesUnits = 8;
+
+// A line in `shares` stretches, the first `longer` of them of length + 1: a unit belongs to the CTA in whose stretch it
+// starts. A unit whose predecessor in the pair belongs to another CTA starts a tile: there the line is cut.
 //
 // Or, where no CTA then has much more than its share: `pieces` equal pieces of every pair, a CTA each, or `whole` pairs
 // a CTA. A CTA has one tile then, or tiles that need no merge. Memory stays busy as long as a third of the CTAs are, so
@@ -220,8 +266,8 @@ struct Line {
   }
 
   FLASHCORE_HD int64_t begin(int32_t cta) const { return cta * length + (cta < longer ? cta : longer); }
-  // The CTA that the cuts up to and in a pair are counted at: the one with begin(cta) <= position < begin(cta + 1), or
-  // the first one of the pair.
+  // The CTA of the line that the cuts up to and in a pair are counted at: the one with begin(cta) <= position <
+  // begin(cta + 1), or the first one of the pair.
   FLASHCORE_HD int32_t cta_of(int32_t pair, int64_t position) const {
     if (pieces + whole > 0) return pair * pieces;
     const int64_t even = longer * (length + 1);

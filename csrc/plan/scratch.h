@@ -38,12 +38,12 @@ struct Found {
 // more entry than items, the last one holds the whole. Every CTA makes these for itself and keeps them beside it.
 struct Sums {
   Row* rows;              // [max_rows]
-  int64_t* row_cost;      // [max_rows + 1] work on the line
-  Line* line;             // [1]
-  int32_t* row_tiles;     // [max_rows + 1] tiles, as if the line were not cut
-  int32_t* row_partials;  // [max_rows + 1] partial results, as if the line were not cut
-  int32_t* row_split;     // [max_rows] units of a tile, as if the line were not cut
-  // Where the line is cut inside a pair.
+  int64_t* row_cost;      // [max_rows + 1] work on all lines
+  Line* line;             // [1] each of the lines
+  int32_t* row_tiles;     // [max_rows + 1] tiles, as if no line were cut
+  int32_t* row_partials;  // [max_rows + 1] partial results, as if no line were cut
+  int32_t* row_split;     // [max_rows] units of a tile, as if no line were cut
+  // Where lines are cut inside a pair.
   int32_t* cut_pair;       // [num_ctas]
   int32_t* cut_unit;       // [num_ctas] first unit behind the cut
   int32_t* cut_partials;   // [num_ctas + 1] partial results that the cuts before add

@@ -59,40 +59,48 @@ struct Writer {
     if (rows.own_rows(p) > 0) write_merge(entry, row + i_row, i - i_row * tokens_per_row(p));
   }
 
-  // The tiles as they were if the line were not cut, each up to the first cut in it.
+  // The tiles as they were if no line were cut, each up to the first cut in it.
   FLASHCORE_TEAM void write_uncut(int32_t uncut) const {
     const Plan& plan = p.plan;
-    const int32_t i = total.one_tile_each(p) ? uncut / p.by_head : find_segment(s.row_tiles, 0, total.rows, uncut);
+    const Lines& lines = total.lines;
+    const int32_t line_tiles = lines.part(p, total.uncut), line = lines.count == 1 ? 0 : uncut / line_tiles;
+    const int32_t of_line = uncut - line * line_tiles, of_all = of_line * lines.count;
+    const int32_t i = total.one_tile_each(p) ? of_all / p.by_head : find_segment(s.row_tiles, 0, total.rows, of_all);
     const Row& row = s.rows[i];
     const PairWork work = work_of(row, p.group);
     const FixedCuts fixed(p, s, i);
-    const int32_t in_row = uncut - s.row_tiles[i];
-    const int32_t head = fixed.tiles > 1 ? in_row / fixed.tiles : in_row, k = in_row - head * fixed.tiles;
-    const int32_t pair = i * p.num_kv_heads + head;
+    const int32_t in_row = of_line - lines.part(p, s.row_tiles[i]);
+    const int32_t turn = fixed.tiles > 1 ? in_row / fixed.tiles : in_row, k = in_row - turn * fixed.tiles;
+    const int32_t head = lines.head(line, turn), pair = i * p.num_kv_heads + head;
 
-    const int32_t cut = s.cuts_upto[s.line->cta_of(pair, s.row_cost[i] + head * work.total())];
+    const int64_t at = (lines.count == 1 ? s.row_cost[i] : divide(s.row_cost[i], lines.count)) + turn * work.total();
+    const int32_t cut = s.cuts_upto[line * lines.ctas + s.line->cta_of(i * lines.in_turn + turn, at)];
     const bool is_cut = cut < total.cuts && s.cut_pair[cut] == pair;
     const bool merged = is_cut || fixed.merged(row);
     const int32_t end = (is_cut ? s.cut_unit[cut] : (k + 1) * fixed.split_units) * kSplitUnit;
     plan.tiles[uncut + cut] =
         tile_of(row, pair, head, k * fixed.split_units * kSplitUnit, end < row.kv_len ? end : row.kv_len,
-                merged ? partial_of(row, work, i, in_row) + s.cut_partials[cut] : -1);
-    if (k == 0) plan.tile_indptr[pair] = uncut + cut;
+                merged ? partial_of(row, work, i, line, in_row) + s.cut_partials[cut] : -1);
+    if (k == 0) plan.pair_tiles[2 * pair] = uncut + cut;
+    if (k + 1 == fixed.tiles && !is_cut) plan.pair_tiles[2 * pair + 1] = uncut + cut + 1;
   }
 
-  // The tile behind a cut of the line.
+  // The tile behind a cut of a line.
   FLASHCORE_TEAM void write_cut(int32_t cut) const {
-    const int32_t pair = s.cut_pair[cut], i = pair / p.by_head;
+    const Lines& lines = total.lines;
+    const int32_t pair = s.cut_pair[cut], i = pair / p.by_head, head = pair - i * p.num_kv_heads;
     const Row& row = s.rows[i];
     const PairWork work = work_of(row, p.group);
     const bool first = cut == 0 || s.cut_pair[cut - 1] != pair;
     const bool last = cut + 1 == total.cuts || s.cut_pair[cut + 1] != pair;
     // The tile in front of the pair's first cut is counted with the row or else with that cut.
     const bool behind_first = first || !(row.flags & kSole);
-    const int32_t head = pair - i * p.num_kv_heads;
-    p.plan.tiles[s.row_tiles[i] + head + cut + 1] =
+    const int32_t turn = lines.part(p, head), line = lines.line_of(head, turn);
+    const int32_t tile = lines.part(p, line * total.uncut + s.row_tiles[i]) + turn + cut + 1;
+    p.plan.tiles[tile] =
         tile_of(row, pair, head, s.cut_unit[cut] * kSplitUnit, last ? row.kv_len : s.cut_unit[cut + 1] * kSplitUnit,
-                partial_of(row, work, i, head) + s.cut_partials[cut] + (behind_first ? work.packed : 0));
+                partial_of(row, work, i, line, turn) + s.cut_partials[cut] + (behind_first ? work.packed : 0));
+    if (last) p.plan.pair_tiles[2 * pair + 1] = tile + 1;
   }
 
   // An entry of the page list of a request: the sink pages, then the recent ones.
@@ -110,7 +118,6 @@ struct Writer {
       for (int32_t slot = 0; slot < kNumCounts; ++slot) counts[slot] = slot == kOverflow;
       return;
     }
-    p.plan.tile_indptr[total.rows * p.num_kv_heads] = total.tiles();
     counts[kNumRows] = total.rows;
     counts[kNumTiles] = total.tiles();
     counts[kNumPartials] = total.partials;
@@ -147,10 +154,12 @@ struct Writer {
             .kv_pos = row.kv_pos};
   }
 
-  // First partial result of a row's tile number in_row, those that cuts add aside.
-  FLASHCORE_TEAM int32_t partial_of(const Row& row, const PairWork& work, int32_t i, int32_t in_row) const {
+  // First partial result of tile number in_row of a row on a line, those that cuts add aside.
+  FLASHCORE_TEAM int32_t partial_of(const Row& row, const PairWork& work, int32_t i, int32_t line,
+                                    int32_t in_row) const {
     const FixedCuts fixed(p, s, i);
-    return s.row_partials[i] + (fixed.merged(row) ? in_row * work.packed : 0);
+    return total.lines.part(p, line * s.row_partials[total.rows] + s.row_partials[i]) +
+           (fixed.merged(row) ? in_row * work.packed : 0);
   }
 };
 

@@ -185,9 +185,10 @@ FLASHCORE_HD void end_tiles(const SelectParams& p, int32_t r, int32_t kv_head, i
                             int32_t step) {
   const Plan& plan = p.plan;
   const int32_t row = plan.merge_rows[2 * plan.merge_indptr[plan.qo_indptr[r]]];  // a sparse request is in one alone
-  const int32_t pair = row * p.pages.num_kv_heads + kv_head, end = plan.tile_indptr[pair + 1];
+  const int32_t* tiles = plan.pair_tiles + 2 * (row * p.pages.num_kv_heads + kv_head);
+  const int32_t end = tiles[1];
   const int32_t keys = (pages - 1) * p.pages.page_size + plan.last_page_len[r];
-  for (int32_t t = plan.tile_indptr[pair] + first; t < end; t += step) {
+  for (int32_t t = tiles[0] + first; t < end; t += step) {
     const int32_t planned = t + 1 < end ? plan.tiles[t + 1].kv_begin : plan.rows[row].kv_len;
     const int32_t kv_end = keys < planned ? keys : planned, kv_begin = plan.tiles[t].kv_begin;
     plan.tiles[t].kv_end = kv_end > kv_begin ? kv_end : kv_begin;

@@ -165,7 +165,7 @@ class Plan:
     rows: torch.Tensor
     row_tokens: torch.Tensor
     tiles: torch.Tensor
-    tile_indptr: torch.Tensor
+    pair_tiles: torch.Tensor
     cta_indptr: torch.Tensor
     merge_indptr: torch.Tensor
     merge_rows: torch.Tensor
@@ -193,7 +193,7 @@ class Plan:
             rows=ints(c.max_rows, ROW_FIELDS),
             row_tokens=ints(max(c.max_row_tokens, 1)),
             tiles=ints(c.max_tiles, TILE_FIELDS),
-            tile_indptr=ints(c.max_rows * c.num_kv_heads + 1),
+            pair_tiles=ints(c.max_rows * c.num_kv_heads, 2),
             cta_indptr=ints(c.num_ctas + 1),
             merge_indptr=ints(c.tokens + 1),
             merge_rows=ints(c.max_merge, 2),
@@ -225,7 +225,7 @@ class Plan:
             self.rows,
             self.row_tokens,
             self.tiles,
-            self.tile_indptr,
+            self.pair_tiles,
             self.cta_indptr,
             self.merge_indptr,
             self.merge_rows,

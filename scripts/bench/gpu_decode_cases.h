@@ -147,6 +147,23 @@ inline std::vector<Case> check_cases() {
                      .head_dim = 64,
                      .levels = {{batch, 1024}, {(batch + 1) / 2, 512}}});
   }
+  // Long enough for lines of heads: cut anywhere, in equal pieces, not at all.
+  for (const auto& [q, kv] : {std::pair{32, 8}, {28, 4}, {32, 32}, {40, 10}, {24, 3}}) {
+    const std::string heads = " " + std::to_string(q) + "/" + std::to_string(kv);
+    Case c{.name = "long" + heads, .num_qo_heads = q, .num_kv_heads = kv};
+    for (int i = 0; i < 40; ++i) c.kv_lens.push_back(1500 + 97 * i);
+    cases.push_back(c);
+    cases.push_back({.name = "long pieces" + heads,
+                     .kv_lens = std::vector<int>(std::max(128 / kv, 1), 4100),
+                     .num_qo_heads = q,
+                     .num_kv_heads = kv,
+                     .page_size = 16});
+    cases.push_back({.name = "long whole" + heads,
+                     .kv_lens = std::vector<int>(std::max(512 / kv, 1), 1030),
+                     .num_qo_heads = q,
+                     .num_kv_heads = kv,
+                     .head_dim = 64});
+  }
   cases.push_back({.name = "many short", .kv_lens = std::vector<int>(300, 130)});
   for (int head_dim : {64, 128}) {
     for (int page_size : {16, 64}) {

@@ -189,7 +189,7 @@ inline void build(Problem& problem, const Case& c, const Options& options, bool 
   // As Capacity.max_tiles in flashcore_sglang/planner/plan.py.
   const int max_tiles = c.split_keys ? 1 << 16 : max_rows * c.num_kv_heads + 3 * options.ctas;
   const int max_merge = num_tokens + max_row_tokens;
-  std::vector<int> positions(num_tokens), row_tokens(max_row_tokens), tile_indptr(max_rows * c.num_kv_heads + 1),
+  std::vector<int> positions(num_tokens), row_tokens(max_row_tokens), pair_tiles(2 * max_rows * c.num_kv_heads),
       cta_indptr(options.ctas + 1), merge_indptr(num_tokens + 1), merge_rows(2 * max_merge), counts(kNumCounts);
   std::vector<Row> rows(max_rows);
   std::vector<Tile> tiles(max_tiles);
@@ -203,7 +203,7 @@ inline void build(Problem& problem, const Case& c, const Options& options, bool 
              rows.data(),
              row_tokens.data(),
              tiles.data(),
-             tile_indptr.data(),
+             pair_tiles.data(),
              cta_indptr.data(),
              merge_indptr.data(),
              merge_rows.data(),
@@ -249,7 +249,7 @@ inline void build(Problem& problem, const Case& c, const Options& options, bool 
   p.plan.rows = problem.own(to_device(rows));
   p.plan.row_tokens = problem.own(to_device(row_tokens));
   p.plan.tiles = problem.own(to_device(tiles));
-  p.plan.tile_indptr = problem.own(to_device(tile_indptr));
+  p.plan.pair_tiles = problem.own(to_device(pair_tiles));
   p.plan.cta_indptr = problem.own(to_device(cta_indptr));
   p.plan.merge_indptr = problem.own(to_device(merge_indptr));
   p.plan.merge_rows = problem.own(to_device(merge_rows));

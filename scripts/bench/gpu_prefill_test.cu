@@ -285,7 +285,7 @@ Problem build(const Case& c, bool whole, bool poison) {
   const int num_tokens = qo_indptr.back(), rows_per_tile = c.head_dim <= 128 ? 192 : 128;
   const int max_rows = batch + num_tokens / (rows_per_tile / c.group) + 1;
   const int max_tiles = max_rows * c.num_kv_heads + p.num_sms;
-  std::vector<int> positions(num_tokens), row_tokens(1), tile_indptr(max_rows * c.num_kv_heads + 1),
+  std::vector<int> positions(num_tokens), row_tokens(1), pair_tiles(2 * max_rows * c.num_kv_heads),
       cta_indptr(p.num_sms + 1), merge_indptr(num_tokens + 1), merge_rows(2 * num_tokens), counts(kNumCounts);
   std::vector<Row> rows(max_rows);
   std::vector<Tile> tiles(max_tiles);
@@ -299,7 +299,7 @@ Problem build(const Case& c, bool whole, bool poison) {
                rows.data(),
                row_tokens.data(),
                tiles.data(),
-               tile_indptr.data(),
+               pair_tiles.data(),
                cta_indptr.data(),
                merge_indptr.data(),
                merge_rows.data(),
@@ -341,7 +341,7 @@ Problem build(const Case& c, bool whole, bool poison) {
   p.plan.rows = arena.copy(rows);
   p.plan.row_tokens = arena.copy(row_tokens);
   p.plan.tiles = arena.copy(tiles);
-  p.plan.tile_indptr = arena.copy(tile_indptr);
+  p.plan.pair_tiles = arena.copy(pair_tiles);
   p.plan.cta_indptr = arena.copy(cta_indptr);
   p.plan.merge_indptr = arena.copy(merge_indptr);
   p.plan.merge_rows = arena.copy(merge_rows);
