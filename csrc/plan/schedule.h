@@ -203,7 +203,7 @@ FLASHCORE_HD int64_t divide(int64_t a, int64_t b) {
 // them and its own CTAs. Lines hold the same rows and are cut alike, so that `count` neighbouring heads of a token are
 // read at about the same time. They stand side by side in memory, whose rows are then opened once and not once a head.
 // Lines of even heads come before those of odd ones: heads 2 i and 2 i + 1 are read by CTAs c and c + num_ctas / 2,
-// which are on one SM where it has two, and so stay together. (Seven H200s, 32 query and 8 KV heads: 1 to 1.9 % faster
+// which are on one SM where it has two, and so stay together. (Four H200s, 32 query and 8 KV heads: 1 to 1.9 % faster
 // from 128 MB of keys and values on, 3 % with heads of 64. scripts/bench/NOTES.md, "Heads side by side".)
 struct Lines {
   int32_t count = 1, in_turn = 0, ctas = 0;
