@@ -56,6 +56,7 @@ CASES: dict[str, Batch] = {
     "long, five lines, and a CTA more": private([1500, 900, 3000], num_kv_heads=10, num_ctas=15),
     "long, equal pieces": private([2000] * 3, num_kv_heads=6, num_ctas=60),
     "long, whole pairs": private([1000] * 9, num_kv_heads=4, num_ctas=20),
+    "long, page lists": private([900] * 6, policy=Policy.TOPK, budget_pages=40, num_kv_heads=4, num_ctas=8),
     "long, one head": private([5000, 100], num_kv_heads=1, num_ctas=8),
     "long, no two lines": private([5000, 100, 0], num_kv_heads=4, num_ctas=9),
     "fixed cuts": private([1000, 128, 129, 5, 0], split_keys=128),
@@ -126,9 +127,6 @@ def test_long_steps_read_neighbouring_heads_at_once(heads: int, ctas: int, lines
         pytest.param(private([300, 150], num_kv_heads=4, num_ctas=40), id="short"),
         pytest.param(private([1000, 2000, 300], split_keys=128, num_kv_heads=4, num_ctas=8), id="fixed cuts"),
         pytest.param(
-            private([900] * 6, policy=Policy.TOPK, budget_pages=40, num_kv_heads=4, num_ctas=8), id="page lists"
-        ),
-        pytest.param(
             Batch([[*range(64), *range(64 + 30 * r, 94 + 30 * r)] for r in range(8)], [94 * 16] * 8, num_kv_heads=4),
             id="packed rows",
         ),
@@ -151,8 +149,14 @@ def test_fixed_cuts_do_not_depend_on_the_batch() -> None:
 
 
 @pytest.mark.parametrize("policy", [Policy.WINDOW, Policy.TOPK])
-def test_below_the_budget_plans_are_equal(policy: Policy) -> None:
-    exact = private([30, 16, 48, 1])
+@pytest.mark.parametrize(
+    "exact",
+    [
+        pytest.param(private([30, 16, 48, 1]), id="short"),
+        pytest.param(private([1500, 900, 1300], page_size=512, num_kv_heads=8), id="long"),
+    ],
+)
+def test_below_the_budget_plans_are_equal(exact: Batch, policy: Policy) -> None:
     sparse = replace(exact, policy=policy)
     for a, b in zip(used_parts(exact.plan(), exact), used_parts(sparse.plan(), sparse), strict=True):
         assert torch.equal(a, b)

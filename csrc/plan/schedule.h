@@ -50,11 +50,9 @@ struct PlanJob : PlanParams {
         by_line_ctas(p.plan.num_ctas / by_lines.value) {}
 
  private:
-  // Heads read together are requests read apart. Requests that share pages nevertheless, since they have to be cut the
-  // same in any batch, or choose the same ones, are faster where those that do are read together, by way of L2.
-  static bool has_lines(const PlanParams& p) {
-    return p.num_tokens <= p.batch && p.policy == Policy::exact && p.split_keys == 0;
-  }
+  // Heads read together are requests read apart. Where cuts are fixed nothing is packed, and requests that share pages
+  // have them from L2, if they are read together. The policy does not count: within the budget all have the same plan.
+  static bool has_lines(const PlanParams& p) { return p.num_tokens <= p.batch && p.split_keys == 0; }
 };
 
 // Last index i of a non-decreasing indptr with indptr[i] <= value, knowing that indptr[low] <= value < indptr[high];
