@@ -299,7 +299,7 @@ def check_sparse_row(view: PlanView, batch: Batch, r: int, rows: list[RowView]) 
 
 
 def check_tiles(view: PlanView, batch: Batch, capacity: Capacity) -> None:
-    assert view.counts[Count.NUM_TILES] <= capacity.max_tiles
+    assert len(view.tiles) == view.counts[Count.NUM_TILES] <= capacity.max_tiles
     ranges = sorted(view.pair_tiles)
     assert [0, *(end for _, end in ranges)] == [*(begin for begin, _ in ranges), len(view.tiles)], "each tile is of one"
     used: list[tuple[int, int]] = []

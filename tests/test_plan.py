@@ -110,10 +110,7 @@ def test_long_steps_read_neighbouring_heads_at_once(heads: int, ctas: int, lines
     each = ctas // lines
     work = [[(pair // heads, pair % heads, *span) for pair, *span, _, _, _, _, _ in tiles] for tiles in of_cta]
     by_line = [work[line * each : (line + 1) * each] for line in range(lines)]
-    places = [
-        *range(0, lines, 2),
-        *range(1, lines, 2),
-    ]  # of two neighbours one is half of all CTAs on
+    places = [*range(0, lines, 2), *range(1, lines, 2)]  # of two neighbours, one is half of all CTAs on
     for place, line in zip(places, by_line, strict=True):
         assert {head % lines for tiles in line for _, head, *_ in tiles} == {place}
         spans = [[(row, head // lines, *span) for row, head, *span in tiles] for tiles in line]

@@ -93,9 +93,9 @@ __device__ __forceinline__ void produce_kv(SharedStorage<Traits>& shared, const 
   wait_for_primary();  // even if it was not needed: whatever follows this kernel relies on select being over
 }
 
-// Brings the tiles that TileWindow guesses to L1, without registers to hold them: the query warp has few. Nothing was
-// seen to come of it. It stayed since ptxas 13.0 spilled 12 bytes without it; now that queries come by less code it
-// does not, so that this can go once that has been measured.
+// Brings tiles near those that TileWindow guesses to L1, without registers to hold them: the query warp has few.
+// Nothing was seen to come of it. It stayed since ptxas 13.0 spilled 12 bytes without it; now that queries come by less
+// code it does not, so that this can go once that has been measured.
 __device__ __forceinline__ int32_t touch_tiles(const Plan& plan, int lane) {
   return plan.tiles[min(static_cast<int>(blockIdx.x) + lane, plan.max_tiles - 1)].pair;
 }

@@ -351,8 +351,7 @@ class Builder {
     const Row& row = s.rows[i];
     const PairWork work = work_of(row, p.group);
     const FixedCuts fixed(p, s, i);
-    const int64_t of_all = begin * lines.count - s.row_cost[i];
-    const int64_t in_row = lines.count == 1 ? of_all : divide(of_all, lines.count);
+    const int64_t in_row = lines.part_of_work(begin * lines.count - s.row_cost[i]);
     const int32_t turn = static_cast<int32_t>(divide(in_row, work.total()));
     const int32_t in_pair = static_cast<int32_t>(in_row - turn * work.total());
     const int32_t unit = ceil_div(in_pair, work.cost);  // the first one at or after the start of the stretch
@@ -389,7 +388,7 @@ class Builder {
 
   FLASHCORE_TEAM CutSum cut_lines(const RowSum& sum) {
     const Lines& lines = total.lines;
-    Line line(lines.count == 1 ? sum.cost : divide(sum.cost, lines.count), lines.ctas, p.split_keys == 0);
+    Line line(lines.part_of_work(sum.cost), lines.ctas, p.split_keys == 0);
     if (total.one_tile_each(p) && total.rows > 0) line.cut_by_pairs(total.rows * lines.in_turn, sum.longest);
     Start start;
     return team.template scan<CutSum>(

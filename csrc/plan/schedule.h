@@ -216,6 +216,7 @@ struct Lines {
   FLASHCORE_HD int32_t part(const PlanJob& p, int32_t of_all) const {
     return count == 1 ? of_all : of_all / p.by_lines;
   }
+  FLASHCORE_HD int64_t part_of_work(int64_t of_all) const { return count == 1 ? of_all : divide(of_all, count); }
 
   // A line has each count-th KV head; this is the one whose turn it is.
   FLASHCORE_HD int32_t head(int32_t line, int32_t turn) const {

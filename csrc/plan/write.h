@@ -73,7 +73,7 @@ struct Writer {
     const int32_t turn = fixed.tiles > 1 ? in_row / fixed.tiles : in_row, k = in_row - turn * fixed.tiles;
     const int32_t head = lines.head(line, turn), pair = i * p.num_kv_heads + head;
 
-    const int64_t at = (lines.count == 1 ? s.row_cost[i] : divide(s.row_cost[i], lines.count)) + turn * work.total();
+    const int64_t at = lines.part_of_work(s.row_cost[i]) + turn * work.total();
     const int32_t cut = s.cuts_upto[line * lines.ctas + s.line->cta_of(i * lines.in_turn + turn, at)];
     const bool is_cut = cut < total.cuts && s.cut_pair[cut] == pair;
     const bool merged = is_cut || fixed.merged(row);
