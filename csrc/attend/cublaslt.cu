@@ -9,8 +9,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <map>
-#include <mutex>
+#include <array>
 #include <set>
 #include <sstream>
 #include <type_traits>
@@ -20,6 +19,7 @@
 #include "attend/cublaslt_kernels.cuh"
 #include "attend/cublaslt_matmul.h"
 #include "check.h"
+#include "device/side_stream.h"
 
 namespace flashcore {
 namespace {
@@ -36,48 +36,24 @@ void check(cudaError_t error, const char* call) {
   require(error == cudaSuccess, "cublaslt", call, ": expected success, got ", cudaGetErrorString(error));
 }
 
-// Streams beside the caller's, made once a device. In a capture they belong to the graph until it ends: nothing else
-// may run on them meanwhile.
-class Streams {
- public:
-  static Streams& of_current_device() {
-    static std::mutex mutex;
-    static std::map<int, Streams> streams;
-    const std::lock_guard lock(mutex);
-    int device = 0;
-    check(cudaGetDevice(&device), "cudaGetDevice");
-    return streams[device];
-  }
+using SideStreams = std::array<SideStream, CublasLtSchedule::kMaxLanes - 1>;
 
-  Streams() {
-    check(cudaEventCreateWithFlags(&fork_, cudaEventDisableTiming), "cudaEventCreate");
-    for (int i = 1; i < CublasLtSchedule::kMaxLanes; ++i) {
-      check(cudaStreamCreateWithFlags(&streams_[i], cudaStreamNonBlocking), "cudaStreamCreate");
-      check(cudaEventCreateWithFlags(&joins_[i], cudaEventDisableTiming), "cudaEventCreate");
-    }
+// Calls work(stream of each lane), ordered after what `stream`, that of the first lane, holds and before what it gets
+// next.
+template <class Work>
+void with_streams(cudaStream_t stream, int lanes, const Work& work) {
+  const OnDevice<SideStreams> sides;
+  check(sides.error(), "cudaGetDevice");
+  const cudaEvent_t fork = sides->front().fork();
+  check(cudaEventRecord(fork, stream), "cudaEventRecord");
+  std::vector<cudaStream_t> streams{stream};
+  for (int i = 1; i < lanes; ++i) {
+    check((*sides)[i - 1].begin_after(fork), "cudaStreamWaitEvent");
+    streams.push_back((*sides)[i - 1].stream());
   }
-  Streams(const Streams&) = delete;
-  Streams& operator=(const Streams&) = delete;
-
-  // Calls work(stream of each lane), ordered after what `stream` holds and before what it gets next.
-  template <class Work>
-  void run(cudaStream_t stream, int count, const Work& work) {
-    const std::lock_guard lock(mutex_);
-    streams_[0] = stream;
-    check(cudaEventRecord(fork_, stream), "cudaEventRecord");
-    for (int i = 1; i < count; ++i) check(cudaStreamWaitEvent(streams_[i], fork_), "cudaStreamWaitEvent");
-    work(streams_);
-    for (int i = 1; i < count; ++i) {
-      check(cudaEventRecord(joins_[i], streams_[i]), "cudaEventRecord");
-      check(cudaStreamWaitEvent(stream, joins_[i]), "cudaStreamWaitEvent");
-    }
-  }
-
- private:
-  std::mutex mutex_;  // one run at a time hands out work
-  cudaStream_t streams_[CublasLtSchedule::kMaxLanes] = {};
-  cudaEvent_t fork_ = nullptr, joins_[CublasLtSchedule::kMaxLanes] = {};
-};
+  work(streams);
+  for (int i = 1; i < lanes; ++i) check((*sides)[i - 1].join(stream), "cudaStreamWaitEvent");
+}
 
 // ---------------------------------------------------------------------------------------------------------------
 // matmuls
@@ -303,7 +279,7 @@ int64_t cublaslt_workspace_bytes(const CublasLtShape& shape, int64_t matmul_byte
 
 std::string plan_cublaslt(const CublasLtShape& shape, void* workspace, int64_t workspace_bytes, int64_t matmul_bytes,
                           const std::string& known, bool measure, void* stream) {
-  Streams::of_current_device();
+  OnDevice<SideStreams>{};  // none is made in a capture
   std::string lines;
   for (const auto& [matmul, algorithm] : plan_matmuls(shape, workspace, workspace_bytes, matmul_bytes, parse(known),
                                                       measure, static_cast<cudaStream_t>(stream))) {
@@ -325,17 +301,16 @@ int run_attend_cublaslt(const AttendParams& p) {
                             p.head_dim, p.dtype,      p.causal,     p.fp32_scores};
   const CublasLtSchedule schedule(shape);
   const Workspace workspace = workspace_of(schedule, p.workspace, p.workspace_bytes);
-  Streams::of_current_device().run(
-      static_cast<cudaStream_t>(p.stream), schedule.lanes, [&](const cudaStream_t* streams) {
-        for (int first = 0; first < schedule.num_units; first += schedule.lanes) {
-          std::vector<Lane> lanes;
-          for (int i = 0; i < std::min(schedule.lanes, schedule.num_units - first); ++i) {
-            lanes.push_back({workspace.unit(schedule, first + i), workspace.matmul(schedule, i), streams[i]});
-          }
-          const auto run = bf16 ? run_lanes<__nv_bfloat16> : run_lanes<__half>;
-          run(p, shape, schedule, workspace, lanes);
-        }
-      });
+  with_streams(static_cast<cudaStream_t>(p.stream), schedule.lanes, [&](const std::vector<cudaStream_t>& streams) {
+    for (int first = 0; first < schedule.num_units; first += schedule.lanes) {
+      std::vector<Lane> lanes;
+      for (int i = 0; i < std::min(schedule.lanes, schedule.num_units - first); ++i) {
+        lanes.push_back({workspace.unit(schedule, first + i), workspace.matmul(schedule, i), streams[i]});
+      }
+      const auto run = bf16 ? run_lanes<__nv_bfloat16> : run_lanes<__half>;
+      run(p, shape, schedule, workspace, lanes);
+    }
+  });
   return cudaGetLastError();
 }
 

@@ -27,7 +27,7 @@
 namespace flashcore {
 namespace {
 
-// Whether the attention before has left nothing, and has merged by itself.
+// Whether the attention before has left nothing, and has merged by itself; on a branch, which is joined.
 __device__ __forceinline__ bool is_merged(const AttendParams& p) {
   return p.merges == Merges::packed && p.plan.counts[kRowsPacked] == 0;
 }
@@ -273,7 +273,7 @@ __device__ __forceinline__ void merge_few(const AttendParams& p, int item, const
 template <typename Element, int kHeadDim, int kShare>
 __global__ void __launch_bounds__(32 * kWarps, ctas_per_sm(kHeadDim))
     merge_decode_kernel(const __grid_constant__ AttendParams p) {
-  if (is_merged(p)) return wait_in_one_cta();
+  if (is_merged(p)) return;
   merge_item<Element, kHeadDim, kShare>(p, (blockIdx.x * kWarps + threadIdx.x / 32) / kShare);
 }
 
@@ -281,7 +281,7 @@ template <typename Element, int kHeadDim>
 __global__ void __launch_bounds__(32 * kWarps, ctas_per_sm(kHeadDim))
     merge_many_items_kernel(const __grid_constant__ AttendParams p, int items_per_warp) {
   __shared__ FewPartials found[kWarps][32];
-  if (is_merged(p)) return wait_in_one_cta();
+  if (is_merged(p)) return;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int begin = (blockIdx.x * kWarps + warp) * items_per_warp;
   const int end = min(begin + items_per_warp, p.num_tokens * p.num_qo_heads);

@@ -19,8 +19,8 @@
 // own, and others where the host knows that nothing is shared. Else the plan decides, on the device: both are launched,
 // the smaller one first. Where it works, this one leaves while its last CTAs end (0.2 us); where this one works, that
 // one leaves in front (1 to 2 us). Steps of up to 16 packed queries and 8 KV heads have a kernel that merges by itself
-// (wgmma_sm90_decode_cluster.cuh); those of up to 32 have that one where nothing is shared, and the smaller one beside
-// it, which leaves or not. One request under policy topk has a kernel that selects its pages, too
+// (wgmma_sm90_decode_cluster.cuh); those of up to 32 have that one where nothing is shared, and the smaller one on a
+// branch beside it, which leaves or not. One request under policy topk has a kernel that selects its pages, too
 // (wgmma_sm90_decode_topk.cuh).
 //
 // Tried on an H200 (32 query and 8 KV heads of 128, bf16, pages of 64; a plain read of 8 GB: 4.46 to 4.56 TB/s):
@@ -50,6 +50,7 @@
 #include "attend/wgmma_sm90_decode_tall.cuh"
 #include "attend/wgmma_sm90_decode_traits.cuh"
 #include "device/dependent_launch.cuh"
+#include "device/side_stream.h"
 
 namespace flashcore {
 namespace decode90 {
@@ -172,6 +173,7 @@ cudaError_t dispatch(const CUtensorMap& k_map, const CUtensorMap& v_map, const P
 Params make_params(const AttendParams& p) {
   Params params{};
   params.attend = p;
+  params.dependent = p.lists_begin > 0;
   params.group = p.num_qo_heads / p.num_kv_heads;
   params.by_group = Divisor(params.group);
   params.by_head = Divisor(p.num_kv_heads);
@@ -196,33 +198,42 @@ cudaError_t run_many(const Params& params) {
   return error == cudaSuccess && are_apart(params) ? run_packed(params) : error;
 }
 
-// The kernel that the plan asks for: both in a row, of which one leaves.
-using Run = cudaError_t (*)(const Params&);
-cudaError_t run_both(Params params, Run not_sharing, Run sharing) {
+// Two kernels in a row, of which the plan decides and one leaves. In this order: the larger kernel in front would fetch
+// its code, 129 KB, and the other one's wait behind it, 2 to 5 us.
+cudaError_t run_either(const Params& given) {
+  Params params = given;
   params.serves = Serves::not_sharing;
-  const cudaError_t error = not_sharing(params);
+  const cudaError_t error = run_few(params);
   params.serves = Serves::sharing;
-  return error == cudaSuccess ? sharing(params) : error;
+  params.dependent = true;
+  return error == cudaSuccess ? run_many(params) : error;
 }
 
-// In this order: the larger kernel in front would fetch its code, 129 KB, and the other one's wait behind it, 2 to 5
-// us.
-cudaError_t run_either(const Params& params) { return run_both(params, run_few, run_many); }
-
-// A cluster a KV head takes half of the SMs, so that the other kernel leaves beside it.
-// They begin when select has ended: one that leaves must not do so before, and 64 CTAs of select leave few GPCs room
+// Two of which the plan decides, beside each other: a cluster a KV head takes half of the SMs, and the other kernel and
+// its merge leave on a branch meanwhile. In a row they would leave one behind the other when the first one has ended.
+// The branch begins when the clusters have seen the plan, and have left the SMs if it is not for them: the other kernel
+// beside clusters that are to leave took 5 us more for its first keys.
+// All begin when select has ended: one that leaves must not do so before, and 64 CTAs of select leave few GPCs room
 // for a cluster (8 x 128K, 30 % read: 297 us of attention behind select, 335 beside it).
 cudaError_t run_cluster_or_few(const Params& given) {
+  const OnDevice<SideStream> side;
+  if (side.error() != cudaSuccess) return side.error();
   Params params = given;
-  params.attend.lists_begin = 0;
-  return run_both(params, run_cluster, run_few);
+  params.dependent = false;
+  params.serves = Serves::not_sharing;
+  cudaError_t error = begin_cluster(params, side->fork());
+  if (error == cudaSuccess) error = side->begin_after(side->fork());
+  params.serves = Serves::sharing;
+  params.attend.stream = side->stream();
+  params.attend.merges = Merges::packed;
+  if (error == cudaSuccess) error = run_few(params);
+  if (error == cudaSuccess) error = static_cast<cudaError_t>(run_merge_cuda(params.attend));
+  return error == cudaSuccess ? side->join(static_cast<cudaStream_t>(given.attend.stream)) : error;
 }
 
 Way way_of(const Params& params) {
   const AttendParams& p = params.attend;
-  if (fits_cluster(params)) {
-    return fits_packed_rows(params) ? Way{run_cluster, Merges::none} : Way{run_cluster_or_few, Merges::packed};
-  }
+  if (fits_cluster(params)) return {fits_packed_rows(params) ? run_cluster : run_cluster_or_few, Merges::none};
   if (are_few(params) || are_alone(params)) return {run_few, Merges::all};
   return {has_short_strides(p) && !are_apart(params) ? run_either : run_many, Merges::all};
 }

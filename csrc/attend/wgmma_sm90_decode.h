@@ -10,12 +10,15 @@ namespace flashcore::decode90 {
 
 Params make_params(const AttendParams&);
 
-cudaError_t run_many(const Params&);            // any plan; where packed rows are apart, with run_packed
-cudaError_t run_packed(const Params&);          // packed rows, behind what leaves them SMs
-cudaError_t run_few(const Params&);             // at most kFewQueries packed queries in all, or a request
-cudaError_t run_cluster(const Params&);         // few requests, merged: nothing is left for the merge
+cudaError_t run_many(const Params&);    // any plan; where packed rows are apart, with run_packed
+cudaError_t run_packed(const Params&);  // packed rows, behind what leaves them SMs
+cudaError_t run_few(const Params&);     // at most kFewQueries packed queries in all, or a request
+// Few requests, merged: nothing is left for the merge.
+cudaError_t run_cluster(const Params&);
+// ... and records `begun`: the kernel has asked for its first keys, or has left, since the plan is not for it.
+cudaError_t begin_cluster(const Params&, cudaEvent_t begun);
 cudaError_t run_either(const Params&);          // any number: run_many where pages are shared, else run_few
-cudaError_t run_cluster_or_few(const Params&);  // run_few where pages are shared, else run_cluster
+cudaError_t run_cluster_or_few(const Params&);  // run_few and its merge where pages are shared, else run_cluster
 
 // What runs a step, and what that leaves for the merge.
 struct Way {
@@ -44,13 +47,12 @@ inline bool are_apart(const Params& params) {
   return p.plan.may_pack() && packs_apart(requests, p.num_kv_heads, params.group);
 }
 
-// Launches a kernel of a step on its stream; before the one in front of it ends, where that is select, or the first of
-// two of which the plan decides.
+// Launches a kernel of a step on its stream; before the one in front of it ends, where it knows of that one.
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch_in_step(const Params& params, void (*kernel)(Parameters...), int ctas, int threads, int shared_bytes,
                            const Arguments&... arguments) {
   const auto stream = static_cast<cudaStream_t>(params.attend.stream);
-  if (params.attend.lists_begin > 0 || params.serves == Serves::sharing) {
+  if (params.dependent) {
     return launch_dependent_shared(kernel, ctas, threads, shared_bytes, stream, arguments...);
   }
   kernel<<<ctas, threads, shared_bytes, stream>>>(arguments...);

@@ -21,8 +21,11 @@ struct Launcher {
     return p.num_kv_heads <= most;
   }
 
-  static cudaError_t run(const FewParams& params) {
-    return launch_in_step(params, kKernel, params.attend.num_kv_heads * kClusterCtas, kClusterThreads, kShared, params);
+  static cudaError_t run(const FewParams& params, cudaEvent_t begun) {
+    const int ctas = params.attend.num_kv_heads * kClusterCtas;
+    if (begun == nullptr) return launch_in_step(params, kKernel, ctas, kClusterThreads, kShared, params);
+    return launch_recording(begun, kKernel, ctas, kClusterThreads, kShared,
+                            static_cast<cudaStream_t>(params.attend.stream), params);
   }
 };
 
@@ -58,9 +61,11 @@ bool fits_cluster(const Params& params) {
          dispatch(params, [&](auto launcher) { return launcher.fits(p); });
 }
 
-cudaError_t run_cluster(const Params& params) {
+cudaError_t begin_cluster(const Params& params, cudaEvent_t begun) {
   const FewParams few(params);
-  return dispatch(params, [&](auto launcher) { return launcher.run(few); });
+  return dispatch(params, [&](auto launcher) { return launcher.run(few, begun); });
 }
+
+cudaError_t run_cluster(const Params& params) { return begin_cluster(params, nullptr); }
 
 }  // namespace flashcore::decode90

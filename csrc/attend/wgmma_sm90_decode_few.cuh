@@ -44,9 +44,8 @@ __global__ void __maxnreg__(216) attend_few_kernel(const __grid_constant__ FewPa
   tiles.load_guess(lane);
   allow_dependents();
 
-  if (params.serves != Serves::all && (params.serves == Serves::sharing) != (rows_packed > 0)) {
-    return wait_in_one_cta();
-  }
+  if (params.serves == Serves::not_sharing && rows_packed > 0) return wait_in_one_cta();
+  if (params.serves == Serves::sharing && rows_packed == 0) return;  // of a branch, which is joined
   PieceLoader<Traits, TileWindow> loader(params, range, tiles, warp, lane);
   GlobalRows<Traits> sink{params.attend};
   loader.begin();

@@ -51,6 +51,7 @@ enum class Serves : int32_t { all, sharing, not_sharing };
 struct Params {
   AttendParams attend;
   Serves serves;
+  bool dependent;  // launched before the kernel in front of it ends: select, or the first of two in a row
   int32_t group;
   Divisor by_group{1}, by_head{1};  // group, num_kv_heads
   int32_t few_pages;                // a plan that reads fewer than this is small

@@ -4,7 +4,8 @@
 // second does before wait_for_primary() overlaps with the first. A thread of the second must wait, even of a kernel
 // that has nothing to do: what comes after it relies on both being over. In a chain the same holds for what is older: a
 // kernel that lets the next one begin behind its own wait (score) promises that all before it is over, and those that
-// let it begin at once (select) pass that promise on.
+// let it begin at once (select) pass that promise on. Who leaves beside a branch of its own need not wait: what comes
+// behind the join waits for both.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -40,14 +41,10 @@ inline bool has_dependent_launch() {
   return known;
 }
 
-// Launches kernel<<<ctas, threads, shared_bytes, stream>>>(arguments...) so that it may begin before its predecessor
-// ends.
+// kernel<<<ctas, threads, shared_bytes, stream>>>(arguments...) with an attribute, where the device knows it.
 template <typename... Parameters, typename... Arguments>
-cudaError_t launch_dependent_grid(void (*kernel)(Parameters...), dim3 ctas, int threads, int shared_bytes,
-                                  cudaStream_t stream, const Arguments&... arguments) {
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
+cudaError_t launch_with(cudaLaunchAttribute attribute, void (*kernel)(Parameters...), dim3 ctas, int threads,
+                        int shared_bytes, cudaStream_t stream, const Arguments&... arguments) {
   cudaLaunchConfig_t config{};
   config.gridDim = ctas;
   config.blockDim = dim3(threads);
@@ -56,6 +53,28 @@ cudaError_t launch_dependent_grid(void (*kernel)(Parameters...), dim3 ctas, int 
   config.attrs = &attribute;
   config.numAttrs = has_dependent_launch() ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
+}
+
+// Launches kernel<<<ctas, threads, shared_bytes, stream>>>(arguments...) so that it may begin before its predecessor
+// ends.
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch_dependent_grid(void (*kernel)(Parameters...), dim3 ctas, int threads, int shared_bytes,
+                                  cudaStream_t stream, const Arguments&... arguments) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  return launch_with(attribute, kernel, ctas, threads, shared_bytes, stream, arguments...);
+}
+
+// Launches the kernel and records `allowed`, which is over once each CTA has allowed its dependents or ended: for a
+// branch that begins beside the kernel (sm_90).
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch_recording(cudaEvent_t allowed, void (*kernel)(Parameters...), int ctas, int threads,
+                             int shared_bytes, cudaStream_t stream, const Arguments&... arguments) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticEvent;
+  attribute.val.programmaticEvent.event = allowed;
+  return launch_with(attribute, kernel, dim3(ctas), threads, shared_bytes, stream, arguments...);
 }
 
 template <typename... Parameters, typename... Arguments>
