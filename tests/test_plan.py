@@ -127,6 +127,8 @@ def test_long_steps_read_neighbouring_heads_at_once(heads: int, ctas: int, lines
             Batch([[*range(64), *range(64 + 30 * r, 94 + 30 * r)] for r in range(8)], [94 * 16] * 8, num_kv_heads=4),
             id="packed rows",
         ),
+        pytest.param(private([4000] * 6, num_kv_heads=4, policy=Policy.TOPK), id="page lists"),
+        pytest.param(private([*[4000] * 6, 50], num_kv_heads=4, policy=Policy.TOPK), id="page lists of some"),
     ],
 )
 def test_other_steps_take_heads_in_turn(batch: Batch) -> None:

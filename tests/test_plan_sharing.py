@@ -385,22 +385,26 @@ def test_a_captured_plan_follows_the_tables() -> None:
 VARIANTS = ["cpu", *(pytest.param(name, marks=pytest.mark.gpu) for name in ("wmma_sm80", "wgmma_sm90"))]
 
 
+def skip_unless_it_runs(variant: str, batch: Batch, head_dim: int) -> None:
+    shape = variants.Shape(
+        num_qo_heads=batch.num_kv_heads * batch.group,
+        num_kv_heads=batch.num_kv_heads,
+        head_dim=head_dim,
+        page_size=batch.page_size,
+        dtype="bf16",
+        phase="decode",
+        features=("lse", "causal"),
+    )
+    if reason := variants.why_not(variants.BY_NAME[variant], shape, variants.device_of("cuda")):
+        pytest.skip(f"{variant} {reason}")
+
+
 def check_attention(batch: Batch, variant: str, head_dim: int = 64) -> None:
     """Attention over the packed plan against fp64, at most twice as far from it as plain PyTorch in bf16."""
     device = "cpu" if variant == "cpu" else "cuda"
     heads = batch.num_kv_heads * batch.group
     if device == "cuda":
-        shape_of_case = variants.Shape(
-            num_qo_heads=heads,
-            num_kv_heads=batch.num_kv_heads,
-            head_dim=head_dim,
-            page_size=batch.page_size,
-            dtype="bf16",
-            phase="decode",
-            features=("lse", "causal"),
-        )
-        if reason := variants.why_not(variants.BY_NAME[variant], shape_of_case, variants.device_of("cuda")):
-            pytest.skip(f"{variant} {reason}")
+        skip_unless_it_runs(variant, batch, head_dim)
     generator = torch.Generator().manual_seed(1)
     shape = (batch.num_pages, batch.page_size, batch.num_kv_heads, head_dim)
     q = torch.randn(batch.size, heads, head_dim, generator=generator).bfloat16()
@@ -441,6 +445,42 @@ ATTENDED: dict[str, Batch] = {
 @pytest.mark.parametrize("name", ATTENDED)
 def test_attention_over_packed_rows(name: str, variant: str) -> None:
     check_attention(ATTENDED[name], variant)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("requests", [5, 8, 16, 64])
+@pytest.mark.parametrize("variant", VARIANTS[1:])
+def test_a_captured_step_takes_the_kernel_of_its_plan(requests: int, variant: str) -> None:
+    """Which of two kernels works, and on which branch of the graph, is the plan's; what comes behind waits for both."""
+    shared = from_tree([Node(4096, leaves(requests, 300))], 64, **HOPPER)
+    private = from_tree(leaves(requests, 3000), 64, **HOPPER)
+    skip_unless_it_runs(variant, shared, head_dim=128)
+    batches = [shared, private, shared, private]
+    pages, pool = max(sum(map(len, b.tables)) for b in batches), max(b.num_pages for b in batches)
+    q = torch.randn(requests, 32, 128, device="cuda").bfloat16()
+    k, v = torch.randn(2, pool, 64, 8, 128, device="cuda").bfloat16()
+    plan = Plan.allocate(shared.capacity(pages=pages, num_pages=pool), "cuda")
+    shared.load(plan)
+    shared.run(plan)
+    shared.attend(plan, q, k, v, variant)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = (result.clone() for result in shared.attend(plan, q, k, v, variant))
+    for batch in batches:
+        batch.load(plan)
+        batch.run(plan)
+        assert (plan.counts[Count.ROWS_PACKED] > 0) == (batch is shared)
+        out.fill_(torch.nan)
+        lse.fill_(torch.nan)
+        graph.replay()
+        expected, expected_lse = batch.attend(plan, q, k, v, variant)
+        assert torch.equal(out, expected)
+        assert torch.equal(lse, expected_lse)
+        table = (plan.qo_indptr, plan.kv_indptr, plan.kv_indices, plan.last_page_len)
+        truth, _ = reference.paged_attention(q.double(), k.double(), v.double(), *table)
+        plain, _ = reference.paged_attention(q, k, v, *table, dtype=torch.bfloat16)
+        assert (out.double() - truth).abs().max() <= 2 * (plain.double() - truth).abs().max()
 
 
 # So many requests and KV heads that packed rows are another kernel's on Hopper: rows of up to 128 queries, full and

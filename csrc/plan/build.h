@@ -226,7 +226,8 @@ class Builder {
     total.uncut = sum.tiles;
     total.pages = sum.pages;
     const int64_t enough = int64_t{kLinesUnits} * kBaseCost * plan.num_ctas;
-    total.lines = Lines(p, total.packed_rows == 0 && sum.cost >= enough);
+    const bool lists = p.window_left < 0 && sum.pages < plan.kv_indptr[p.batch];  // some row does not read all
+    total.lines = Lines(p, total.packed_rows == 0 && !lists && sum.cost >= enough);
     const CutSum cuts = cut_lines(sum);
     total.cuts = cuts.cuts;
     total.partials = sum.partials + cuts.partials;

@@ -52,6 +52,7 @@ struct PlanJob : PlanParams {
  private:
   // Heads read together are requests read apart. Where cuts are fixed nothing is packed, and requests that share pages
   // have them from L2, if they are read together. The policy does not count: within the budget all have the same plan.
+  // Page lists do (Builder::build): each head has its own, and of shared pages they name the same ones.
   static bool has_lines(const PlanParams& p) { return p.num_tokens <= p.batch && p.split_keys == 0; }
 };
 
