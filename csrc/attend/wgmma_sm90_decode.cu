@@ -80,8 +80,6 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm)
   }
   TileWindow guess(params.attend.plan);
   if (warp == kConsumerWarps) guess.load_guess(lane);
-  int32_t touched = 0;
-  if (warp == kConsumerWarps + 1) touched = touch_tiles(params.attend.plan, lane);
   allow_dependents();  // the merge gets ready in the slots of the CTAs that end first
   if (warp == kConsumerWarps + 2) prefetch_metadata(params.attend, lane);
   if (threadIdx.x == 0) {
@@ -107,7 +105,7 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm)
     if (warp == kConsumerWarps) {
       produce_kv(shared, k_map, v_map, params, first, guess, lane);
     } else if (warp == kConsumerWarps + 1) {
-      produce_queries(shared, params, first, touched, lane);
+      produce_queries(shared, params, first, lane);
     }
   } else {
     warpgroup_raise_registers<200>();

@@ -93,13 +93,6 @@ __device__ __forceinline__ void produce_kv(SharedStorage<Traits>& shared, const 
   wait_for_primary();  // even if it was not needed: whatever follows this kernel relies on select being over
 }
 
-// Brings tiles near those that TileWindow guesses to L1, without registers to hold them: the query warp has few.
-// Nothing was seen to come of it. It stayed since ptxas 13.0 spilled 12 bytes without it; now that queries come by less
-// code it does not, so that this can go once that has been measured.
-__device__ __forceinline__ int32_t touch_tiles(const Plan& plan, int lane) {
-  return plan.tiles[min(static_cast<int>(blockIdx.x) + lane, plan.max_tiles - 1)].pair;
-}
-
 // Loads the queries of a range of tiles and tells the consumers what they need to know of each.
 template <typename Traits>
 __device__ __forceinline__ void load_queries(SharedStorage<Traits>& shared, const Params& params, TileRange range,
@@ -173,14 +166,13 @@ __device__ __forceinline__ void load_queries(SharedStorage<Traits>& shared, cons
 }
 
 // The query warp: one tile ahead of the consumers. It finds the first range by itself, so that the first queries are on
-// their way before the first keys and values are, of which there are many. `touched`: of touch_tiles.
+// their way before the first keys and values are, of which there are many.
 template <typename Traits>
 __device__ __forceinline__ void produce_queries(SharedStorage<Traits>& shared, const Params& params,
-                                                const FirstRange& first, int32_t touched, int lane) {
+                                                const FirstRange& first, int lane) {
   RingCursor<kRangeSlots> slot;
   uint32_t parity = 1;
   TileRange range = first_of_cta(shared, DealerOf<Traits>(params.attend, first), first);
-  asm volatile("" ::"r"(touched));
   while (range.begin >= 0) {
     load_queries(shared, params, range, parity, lane);
     mbarrier_wait(&shared.range_full[slot.stage], slot.parity);
