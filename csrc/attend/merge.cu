@@ -27,7 +27,7 @@
 namespace flashcore {
 namespace {
 
-// Whether the attention before has left nothing, and has merged by itself; on a branch, which is joined.
+// Whether another attention has merged by itself. Then this is on a branch beside it, and leaves: the join waits.
 __device__ __forceinline__ bool is_merged(const AttendParams& p) {
   return p.merges == Merges::packed && p.plan.counts[kRowsPacked] == 0;
 }

@@ -10,15 +10,15 @@ namespace flashcore::decode90 {
 
 Params make_params(const AttendParams&);
 
-cudaError_t run_many(const Params&);    // any plan; where packed rows are apart, with run_packed
-cudaError_t run_packed(const Params&);  // packed rows, behind what leaves them SMs
-cudaError_t run_few(const Params&);     // at most kFewQueries packed queries in all, or a request
-// Few requests, merged: nothing is left for the merge.
-cudaError_t run_cluster(const Params&);
-// ... and records `begun`: the kernel has asked for its first keys, or has left, since the plan is not for it.
-cudaError_t begin_cluster(const Params&, cudaEvent_t begun);
+cudaError_t run_many(const Params&);            // any plan; where packed rows are apart, with run_packed
+cudaError_t run_packed(const Params&);          // packed rows, behind what leaves them SMs
+cudaError_t run_few(const Params&);             // at most kFewQueries packed queries in all, or a request
+cudaError_t run_cluster(const Params&);         // few requests, merged: nothing is left for the merge
 cudaError_t run_either(const Params&);          // any number: run_many where pages are shared, else run_few
 cudaError_t run_cluster_or_few(const Params&);  // run_few and its merge where pages are shared, else run_cluster
+
+// run_cluster that records `begun`: all its CTAs have asked for their first keys, or left, since pages are shared.
+cudaError_t begin_cluster(const Params&, cudaEvent_t begun);
 
 // What runs a step, and what that leaves for the merge.
 struct Way {
@@ -47,7 +47,7 @@ inline bool are_apart(const Params& params) {
   return p.plan.may_pack() && packs_apart(requests, p.num_kv_heads, params.group);
 }
 
-// Launches a kernel of a step on its stream; before the one in front of it ends, where it knows of that one.
+// Launches a kernel of a step on its stream, or before the one in front of it ends (params.dependent).
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch_in_step(const Params& params, void (*kernel)(Parameters...), int ctas, int threads, int shared_bytes,
                            const Arguments&... arguments) {

@@ -18,9 +18,8 @@
 //   release at cluster scope is a MEMBAR at that of the GPU.
 // - Queries asked for ahead of the keys: 0.4 us to 1.1 us; the other kernel, 0 to 0.4 us.
 // - Sums over as many rows as there can be, not over 32: 0.3 us where there is one.
-// - With the other kernel, which leaves on a branch beside it (run_cluster_or_few), 8 x 1K takes 13.1 to 13.3 us
-// instead
-//   of 13.0; where that one leaves behind it 13.5 to 13.8, that one alone 14.8.
+// - With the other kernel, which leaves on a branch beside it (run_cluster_or_few), 8 x 1K takes 13.1 us instead of
+//   13.0; where that one leaves behind it 13.5 to 13.8; that one alone 14.8.
 // - Two ways through a tile, for up to 8 and up to 16 queries: 1.1 us at 4 x 1K.
 // - Not enough SMs: packed rows of 17 to 32 queries, which the arithmetic bounds (8 x 32K, 30K of it shared: 86 us as
 //   two rows of 16, the other kernel 59); 9 to 16 requests with a common start that is not packed, which L2 gives to
@@ -61,7 +60,7 @@ __global__ void __cluster_dims__(kClusterCtas, 1, 1) __launch_bounds__(kClusterT
   PieceLoader<Traits, HeadRows> loader(params, range, rows, warp, lane);
   ClusterSink<Traits, kN> sink{p, shared, rank, rows.num_queries()};
   loader.begin();
-  if (params.serves == Serves::not_sharing) allow_dependents();  // beside this kernel there is room for them to leave
+  if (params.serves == Serves::not_sharing) allow_dependents();  // there is room for them to leave
   int loaded = 0, slot = 0;
   for (int i = range.begin; i < range.end; ++i) {
     const Tile tile = rows.tile(i, params.group);

@@ -30,12 +30,12 @@ class SideStream {
   }
   // What `stream` gets from here on waits for all that this one has.
   cudaError_t join(cudaStream_t stream) {
-    if (error_ == cudaSuccess) error_ = cudaEventRecord(join_, stream_);
-    return error_ == cudaSuccess ? cudaStreamWaitEvent(stream, join_) : error_;
+    const cudaError_t error = error_ == cudaSuccess ? cudaEventRecord(join_, stream_) : error_;
+    return error == cudaSuccess ? cudaStreamWaitEvent(stream, join_) : error;
   }
 
  private:
-  cudaError_t error_;
+  cudaError_t error_;  // of its making
   cudaStream_t stream_ = nullptr;
   cudaEvent_t fork_ = nullptr, join_ = nullptr;
 };
