@@ -127,7 +127,9 @@ def test_long_steps_read_neighbouring_heads_at_once(heads: int, ctas: int, lines
             Batch([[*range(64), *range(64 + 30 * r, 94 + 30 * r)] for r in range(8)], [94 * 16] * 8, num_kv_heads=4),
             id="packed rows",
         ),
-        pytest.param(private([4000] * 6, num_kv_heads=4, policy=Policy.TOPK), id="page lists"),
+        pytest.param(
+            private([900] * 6, policy=Policy.TOPK, budget_pages=40, num_kv_heads=4, num_ctas=8), id="page lists"
+        ),
         pytest.param(private([*[4000] * 6, 50], num_kv_heads=4, policy=Policy.TOPK), id="page lists of some"),
     ],
 )

@@ -399,6 +399,16 @@ def skip_unless_it_runs(variant: str, batch: Batch, head_dim: int) -> None:
         pytest.skip(f"{variant} {reason}")
 
 
+def exact_attention(
+    plan: Plan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Output and LSE in fp64 over a plan's page table, and twice the error of plain PyTorch in bf16."""
+    table = [part.to(q.device) for part in (plan.qo_indptr, plan.kv_indptr, plan.kv_indices, plan.last_page_len)]
+    truth, lse = reference.paged_attention(q.double(), k.double(), v.double(), *table)
+    plain, _ = reference.paged_attention(q, k, v, *table, dtype=torch.bfloat16)
+    return truth, lse, 2 * (plain.double() - truth).abs().max()
+
+
 def check_attention(batch: Batch, variant: str, head_dim: int = 64) -> None:
     """Attention over the packed plan against fp64, at most twice as far from it as plain PyTorch in bf16."""
     device = "cpu" if variant == "cpu" else "cuda"
@@ -413,11 +423,7 @@ def check_attention(batch: Batch, variant: str, head_dim: int = 64) -> None:
     assert plan.counts[Count.ROWS_PACKED] > 0
     inputs = [x.to(device) for x in (q, k, v)]
     out, lse = batch.attend(plan, *inputs, variant)
-    pages = sum(map(len, batch.tables))
-    table = [t.cpu() for t in (plan.qo_indptr, plan.kv_indptr, plan.kv_indices[:pages], plan.last_page_len)]
-    truth, true_lse = reference.paged_attention(q.double(), k.double(), v.double(), *table)
-    plain, _ = reference.paged_attention(q, k, v, *table, dtype=torch.bfloat16)
-    allowed = 2 * (plain.double() - truth).abs().max()
+    truth, true_lse, allowed = exact_attention(plan, q, k, v)
     assert (out.cpu().double() - truth).abs().max() <= allowed
     # A sum of head_dim products and one over the keys, in fp32.
     assert (lse.cpu().double() - true_lse).abs().max() <= head_dim * 2**-23 * true_lse.abs().max()
@@ -477,10 +483,8 @@ def test_a_captured_step_takes_the_kernel_of_its_plan(requests: int, variant: st
         expected, expected_lse = batch.attend(plan, q, k, v, variant)
         assert torch.equal(out, expected)
         assert torch.equal(lse, expected_lse)
-        table = (plan.qo_indptr, plan.kv_indptr, plan.kv_indices, plan.last_page_len)
-        truth, _ = reference.paged_attention(q.double(), k.double(), v.double(), *table)
-        plain, _ = reference.paged_attention(q, k, v, *table, dtype=torch.bfloat16)
-        assert (out.double() - truth).abs().max() <= 2 * (plain.double() - truth).abs().max()
+        truth, _, allowed = exact_attention(plan, q, k, v)
+        assert (out.double() - truth).abs().max() <= allowed
 
 
 # So many requests and KV heads that packed rows are another kernel's on Hopper: rows of up to 128 queries, full and
