@@ -240,6 +240,31 @@ def test_reads_of_the_schedulers_tensors_end_before_a_replay() -> None:
     assert backend.shared_read_ends(ForwardMode.DECODE) is ends.PRE_REPLAY
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_scales_of_an_fp8_cache_change_nothing(device: str) -> None:
+    """Checkpoints bring them; in a cache of the model's dtype K and V stand as they are."""
+    shape = SHAPES[3]
+    outs, stored = [], []
+    for scale in (None, 0.25):
+        torch.manual_seed(0)
+        fixture = make_fixture(shape, "extend", device)
+        pool, layer = fixture.runner.token_to_kv_pool, fixture.actual_module.attn
+        for buffer in (pool.k_buffer[0], pool.v_buffer[0]):
+            present = slots_of(fixture)
+            buffer[present] = torch.randn(len(present), shape.num_kv_heads, shape.head_dim).to(buffer)
+        layer.k_scale = layer.v_scale = None if scale is None else torch.tensor(scale, device=device)
+        layer.k_scale_float = layer.v_scale_float = scale
+        fixture.backend = create_backend(fixture.runner)
+        tokens = fixture.case.num_input_tokens
+        heads = (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)
+        q, k, v = (torch.randn(tokens, n * shape.head_dim).to(pool.k_buffer[0]) for n in heads)
+        plan(fixture, "extend", tokens)
+        outs.append(fixture.backend.forward_extend(q, k, v, layer, fixture.forward_batch))
+        stored.append(pool.k_buffer[0][fixture.forward_batch.out_cache_loc])
+    assert torch.equal(outs[0], outs[1])
+    assert torch.equal(stored[0], stored[1])
+
+
 def test_an_idle_batch_has_an_empty_output() -> None:
     """What a rank without requests runs, between batches of others."""
     shape = SHAPES[0]

@@ -183,10 +183,6 @@ def make_layer(**changes: Any) -> Any:
         "logit_capping_method": "tanh",
         "xai_temperature_len": -1,
         "pos_encoding_mode": "NONE",
-        "k_scale": None,
-        "v_scale": None,
-        "k_scale_float": None,
-        "v_scale_float": None,
     }
     return SimpleNamespace(**layer | changes)
 
@@ -245,7 +241,10 @@ SERVERS = (
     ),
     Refused("hnd", lambda: make_server(pool=make_pool(kv_cache_layout="hnd")), "NHD (hnd)", "SGLANG_USE_HND_KVCACHE=0"),
     Refused(
-        "fp8", lambda: make_server(pool=make_pool(dtype=torch.float8_e4m3fn)), "torch.float8_e4m3fn", "--kv-cache-dtype"
+        "fp8",
+        lambda: make_server(pool=make_pool(dtype=torch.float8_e4m3fn)),
+        "a KV cache of torch.float8_e4m3fn",
+        "--kv-cache-dtype bf16 --dtype bfloat16",
     ),
     Refused(
         "page-5",
@@ -293,8 +292,6 @@ LAYERS = (
     Refused("cap", lambda: make_layer(logit_cap=30.0, logit_capping_method="sigmoid"), "cap by sigmoid", "fa3"),
     Refused("xai", lambda: make_layer(xai_temperature_len=1024), "(xAI) (1024)", "--attention-backend triton"),
     Refused("alibi", lambda: make_layer(pos_encoding_mode="ALIBI"), "ALIBI", "fa3"),
-    Refused("k-scale", lambda: make_layer(k_scale_float=0.5), "scale of K other than 1: 0.5", "fa3"),
-    Refused("v-scale", lambda: make_layer(v_scale=torch.tensor(2.0)), "scale of V other than 1: 2.0", "fa3"),
     Refused("shape", lambda: make_layer(tp_k_head_num=4), "got (32, 4, 128) in layer 7", "fa3"),
 )
 
@@ -352,9 +349,8 @@ def test_server_is_served(server: refusals.Server) -> None:
     [
         make_layer(),
         make_layer(logit_cap=50.0, sliding_window_size=4096),
-        make_layer(k_scale=torch.tensor(1.0), v_scale_float=1.0),
     ],
-    ids=["plain", "cap-and-window", "unit-scales"],
+    ids=["plain", "cap-and-window"],
 )
 def test_layer_is_served(layer: Any) -> None:
     refusals.check_layer(layer, 32, 8, 128)

@@ -15,6 +15,7 @@ import gzip
 import json
 import re
 from collections import Counter, defaultdict
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,7 +72,8 @@ def report(trace: Path, kernels: int) -> str:
         kinds[kind_of(span.name)].append(span)
         names[span.name] += span.end - span.begin
     length = (begins[-1] - begins[0]) / steps / 1e3
-    lines = [f"{steps} steps of {length:.3f} ms, {', '.join(f'{(b - a) / 1e3:.2f}' for a, b in zip(begins, begins[1:]))}"]
+    each = ", ".join(f"{(end - begin) / 1e3:.2f}" for begin, end in pairwise(begins))
+    lines = [f"{steps} steps of {length:.3f} ms, {each}"]
     lines.append(f"{length - covered(whole) / steps / 1e3:8.3f}  idle")
     for kind, of_kind in sorted(kinds.items(), key=lambda item: -covered(item[1])):
         lines.append(f"{covered(of_kind) / steps / 1e3:8.3f}  {kind}")

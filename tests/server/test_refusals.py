@@ -32,6 +32,11 @@ REFUSED = (
         ("a KV cache of another dtype than the model's: torch.bfloat16 for torch.float32", "--kv-cache-dtype auto"),
     ),
     Refused(
+        "fp8-cache",
+        "--kv-cache-dtype fp8_e4m3",
+        ("a KV cache of torch.float8_e4m3fn", "--kv-cache-dtype bf16 --dtype bfloat16"),
+    ),
+    Refused(
         "unknown-setting",
         "",
         ("unknown environment variable FLASHCORE_BUDGET; did you mean FLASHCORE_BUDGET_TOKENS?",),
