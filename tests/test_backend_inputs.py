@@ -120,6 +120,14 @@ def slots_of(fixture: Any) -> torch.Tensor:
     return torch.cat([table[request, :n].long() for request, n in enumerate(fixture.case.seq_lens)])
 
 
+def fill(fixture: Any) -> torch.Tensor:
+    """Random K and V of all requests; their slots."""
+    slots, pool = slots_of(fixture), fixture.runner.token_to_kv_pool
+    for buffer in (pool.k_buffer[0], pool.v_buffer[0]):
+        buffer[slots] = torch.randn(len(slots), *buffer.shape[1:]).to(buffer)
+    return slots
+
+
 def expected(fixture: Any, shape: Shape, slots: torch.Tensor, q: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Attention over the pool as it is, token by token: no page table is involved."""
     pool = fixture.runner.token_to_kv_pool
@@ -183,9 +191,7 @@ def test_against_the_truth(device: str, shape: Shape, layout: Layout, batch: str
     """With ``save_kv_cache=False`` the model has stored K and V: what else it passes must not be read."""
     fixture = make_fixture(shape, batch, device)
     pool, forward_batch = fixture.runner.token_to_kv_pool, fixture.forward_batch
-    present = slots_of(fixture)
-    for buffer in (pool.k_buffer[0], pool.v_buffer[0]):
-        buffer[present] = torch.randn(len(present), shape.num_kv_heads, shape.head_dim).to(buffer)
+    present = fill(fixture)
     tokens = padded = fixture.case.num_input_tokens
     if batch == "graph":
         padded += 2
@@ -216,10 +222,8 @@ def test_a_padded_extend_fills_the_output_that_it_is_given() -> None:
     """As breakable prefill graphs give it; DP attention pads with tokens of no request."""
     shape = SHAPES[0]
     fixture = make_fixture(shape, "extend", "cpu")
-    pool, forward_batch = fixture.runner.token_to_kv_pool, fixture.forward_batch
-    present = slots_of(fixture)
-    for buffer in (pool.k_buffer[0], pool.v_buffer[0]):
-        buffer[present] = torch.randn(len(present), shape.num_kv_heads, shape.head_dim)
+    forward_batch = fixture.forward_batch
+    present = fill(fixture)
     tokens = fixture.case.num_input_tokens
     q = torch.randn(tokens + 3, shape.num_heads * shape.head_dim)
     forward_batch._attn_output = torch.full_like(q, torch.nan)
@@ -249,9 +253,7 @@ def test_scales_of_an_fp8_cache_change_nothing(device: str) -> None:
         torch.manual_seed(0)
         fixture = make_fixture(shape, "extend", device)
         pool, layer = fixture.runner.token_to_kv_pool, fixture.actual_module.attn
-        for buffer in (pool.k_buffer[0], pool.v_buffer[0]):
-            present = slots_of(fixture)
-            buffer[present] = torch.randn(len(present), shape.num_kv_heads, shape.head_dim).to(buffer)
+        fill(fixture)
         layer.k_scale = layer.v_scale = None if scale is None else torch.tensor(scale, device=device)
         layer.k_scale_float = layer.v_scale_float = scale
         fixture.backend = create_backend(fixture.runner)

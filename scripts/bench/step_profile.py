@@ -22,12 +22,12 @@ from typing import NamedTuple
 STEP = re.compile("plan_kernel")
 # The first that matches; else it is `other`.
 KINDS = {
-    "attention": re.compile("attend|merge_many_items|merge_kernel"),
-    "plan": re.compile("page_table|trace_kernel|walk_kernel|plan_kernel|select|score"),
+    "attention": re.compile("attend|prefill_kernel|merge_(decode|many_items)_kernel"),
+    "plan": re.compile("(page_table|trace|walk|plan|score|score_few|select)_kernel"),
     "matmul": re.compile("gemm|nvjet|cutlass|xmma", re.IGNORECASE),
     "quantise": re.compile("quant"),
     "norm/rope/act": re.compile("norm|rope|act_and", re.IGNORECASE),
-    "store": re.compile("store_kv"),
+    "store": re.compile("store_(kvcache|step_kernel|pages_kernel)"),
 }
 
 
@@ -73,8 +73,7 @@ def report(trace: Path, kernels: int) -> str:
         names[span.name] += span.end - span.begin
     length = (begins[-1] - begins[0]) / steps / 1e3
     each = ", ".join(f"{(end - begin) / 1e3:.2f}" for begin, end in pairwise(begins))
-    lines = [f"{steps} steps of {length:.3f} ms, {each}"]
-    lines.append(f"{length - covered(whole) / steps / 1e3:8.3f}  idle")
+    lines = [f"{steps} steps of {length:.3f} ms, {each}", f"{length - covered(whole) / steps / 1e3:8.3f}  idle"]
     for kind, of_kind in sorted(kinds.items(), key=lambda item: -covered(item[1])):
         lines.append(f"{covered(of_kind) / steps / 1e3:8.3f}  {kind}")
     lines.append("the kernels, ms a step, whatever runs beside them:")
