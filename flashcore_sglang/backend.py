@@ -53,7 +53,7 @@ class FlashcoreBackend(AttentionBackend):
         )
         self.device = runner.device
         self.page_size = runner.page_size
-        layers = [module for module in runner.model.modules() if isinstance(module, RadixAttention)]
+        layers = _attention_layers(runner.model)
         tp_size = compat.attention_tp_size()
         self.num_qo_heads = layers[0].tp_q_head_num if layers else runner.model_config.num_attention_heads // tp_size
         self.num_kv_heads = pool.head_num
@@ -326,6 +326,18 @@ class FlashcoreBackend(AttentionBackend):
     def _wants_metrics(self, server_has_them: bool) -> bool:
         """Every rank plans the same batch, so the first one counts."""
         return _first_rank() and (server_has_them if self.config.metrics == "auto" else self.config.metrics)
+
+
+def _attention_layers(model: torch.nn.Module) -> list[RadixAttention]:
+    """The attention layers of ``model``, each once.
+
+    Around models of Transformers (``--model-impl transformers``) SGLang keeps them in a dict, where ``modules()`` does
+    not look.
+    """
+    modules = [
+        layer for module in model.modules() for layer in (module, *getattr(module, "attention_instances", {}).values())
+    ]
+    return [layer for layer in dict.fromkeys(modules) if isinstance(layer, RadixAttention)]
 
 
 def _window(layer: Any) -> int:

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import SimpleNamespace
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -34,14 +35,24 @@ class _Copy:
     plans: list[tuple[Plan, int]]
 
 
+@dataclass
+class _Step:
+    """What one step of decode reads: means over the layers."""
+
+    read: float
+    dense: float
+    packed: float
+
+
 class PlanMetrics:
     """Adds the counts of each step's plans to the process's metrics.
 
     Pages are those that one KV head reads, in the mean over the layers where they read different ones (policy topk with
-    dense layers). Page summaries are not counted. What top-p leaves out is counted a step late: layers choose behind
-    the plan. Enable it on one rank of a tensor-parallel group (every rank plans the same batch) and observe decode
-    steps: a long prefill reads a page once for each tile of queries, so that nothing is saved there. A request that
-    pads a batch to the size of a captured graph counts as one of one page.
+    dense layers). Page summaries are not counted. With top-p a step is added when the next one of its plan is observed:
+    layers choose behind the plan, and what they left out stands in the counts of the next one. Enable it on one rank of
+    a tensor-parallel group (every rank plans the same batch) and observe decode steps: a long prefill reads a page once
+    for each tile of queries, so that nothing is saved there. A request that pads a batch to the size of a captured
+    graph counts as one of one page.
 
     Args:
         enabled: what callers ask before they observe; without it nothing is imported, either.
@@ -55,7 +66,8 @@ class PlanMetrics:
         self._metrics = _metrics() if enabled else None
         self._pending: deque[_Copy] = deque()
         self._free: list[_Copy] = []
-        self._dropped: dict[int, int] = {}  # address of a plan's counts -> PAGES_DROPPED as last seen
+        self._dropped: WeakKeyDictionary[Plan, int] = WeakKeyDictionary()  # PAGES_DROPPED as last seen
+        self._open: WeakKeyDictionary[Plan, _Step] = WeakKeyDictionary()  # steps of which top-p leaves out more
 
     def observe(self, layer_plans: Sequence[tuple[Plan, int]]) -> None:
         """Queues the counts of a step's plans, just written on the current stream, and adds those that have arrived.
@@ -99,21 +111,35 @@ class PlanMetrics:
         def mean(values: Iterable[float]) -> float:
             return sum(value * n for value, n in zip(values, layers, strict=True)) / sum(layers)
 
-        dropped = [self._newly_dropped(plan, of_plan) for (plan, _), of_plan in zip(plans, counts, strict=True)]
-        read = mean(of_plan[Count.PAGES_READ] for of_plan in counts) - mean(dropped)
-        dense = mean(of_plan[Count.PAGES_DENSE] for of_plan in counts)
-        self._metrics.pages_read.inc(read)
-        self._metrics.pages_saved.inc(max(dense - read, 0))
-        self._metrics.rows_packed.inc(mean(of_plan[Count.ROWS_PACKED] for of_plan in counts))
-        if dense:
-            self._metrics.kv_read_ratio.set(read / dense)
+        dropped = mean(self._newly_dropped(plan, of_plan) for (plan, _), of_plan in zip(plans, counts, strict=True))
+        step = _Step(
+            read=mean(of_plan[Count.PAGES_READ] for of_plan in counts),
+            dense=mean(of_plan[Count.PAGES_DENSE] for of_plan in counts),
+            packed=mean(of_plan[Count.ROWS_PACKED] for of_plan in counts),
+        )
+        chooses = next((plan for plan, _ in plans if plan.selects_tiles), None)
+        if chooses is None:
+            self._publish(step)
+            return
+        before = self._open.get(chooses)
+        self._open[chooses] = step
+        if before is not None:  # else it was dropped while graphs were captured, which no step has counted
+            before.read -= dropped
+            self._publish(before)
+
+    def _publish(self, step: _Step) -> None:
+        assert self._metrics is not None
+        self._metrics.pages_read.inc(step.read)
+        self._metrics.pages_saved.inc(max(step.dense - step.read, 0))
+        self._metrics.rows_packed.inc(step.packed)
+        if step.dense:
+            self._metrics.kv_read_ratio.set(step.read / step.dense)
 
     def _newly_dropped(self, plan: Plan, counts: list[int]) -> float:
         """Pages that one KV head of one layer has not read since the plan's counts were last seen."""
-        now, address = counts[Count.PAGES_DROPPED], plan.counts.data_ptr()
-        before = self._dropped.get(address, 0)
-        self._dropped[address] = now
-        new = now - before if now >= before else now  # less: another buffer at the same address
+        now = counts[Count.PAGES_DROPPED]
+        new = (now - self._dropped.get(plan, 0)) % 2**32  # an int32 that is never reset goes round
+        self._dropped[plan] = now
         return new / (plan.selections * plan.capacity.num_kv_heads) if new else 0.0
 
 

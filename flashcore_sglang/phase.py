@@ -117,11 +117,14 @@ class Phase:
             self._allocate(want)
 
     def begin(self, batch: Batch, windows: Iterable[int]) -> None:
-        """Plans ``batch`` for layers of each of ``windows`` (keys to the left of a query; -1: all), in place."""
+        """Plans ``batch`` in place for layers of each of ``windows`` (keys to the left of a query; -1: all).
+
+        And for those that ``planner`` was asked for in an earlier forward, whose plans would else stay behind.
+        """
         self._batch = batch
         if self._matmuls is not None:
             self._matmuls.begin(batch.qo_lens, batch.kv_lens)
-        for window in windows:
+        for window in dict.fromkeys((*windows, *self._planners)):
             self._plan(batch, window)
 
     def planner(self, window: int) -> Planner:

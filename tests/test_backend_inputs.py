@@ -267,6 +267,36 @@ def test_scales_of_an_fp8_cache_change_nothing(device: str) -> None:
     assert torch.equal(stored[0], stored[1])
 
 
+def test_layers_that_modules_does_not_find_are_known_at_start() -> None:
+    """As SGLang's wrapper of Transformers models keeps them."""
+    shape = SHAPES[0]
+    fixture = make_fixture(shape, "decode", "cpu")
+    fixture.runner.model = torch.nn.Module()
+    fixture.runner.model.attention_instances = {0: fixture.actual_module.attn}
+    backend = create_backend(fixture.runner)
+    assert backend.windows == (shape.window,)
+    assert backend.features == ("causal", "window_left", "logits_soft_cap")
+
+
+def test_a_window_that_no_layer_had_at_start_is_planned_for_every_batch() -> None:
+    shape = SHAPES[0]
+    fixture = make_fixture(shape, "decode", "cpu")
+    batch, layer = fixture.forward_batch, fixture.actual_module.attn
+    fixture.runner.model = torch.nn.Module()
+    backend = create_backend(fixture.runner)
+    slots = fill(fixture)
+    q = torch.randn(batch.batch_size, shape.num_heads * shape.head_dim)
+    backend.init_forward_metadata(batch)
+    first = backend.forward_decode(q, None, None, layer, batch)
+    for name in ("req_pool_indices", "seq_lens", "seq_lens_cpu"):
+        setattr(batch, name, getattr(batch, name).flip(0))
+    backend.init_forward_metadata(batch)
+    flipped = backend.forward_decode(q.flip(0), None, None, layer, batch)
+    truth = expected(fixture, shape, slots, q, torch.float64).float()
+    torch.testing.assert_close(first, truth, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(flipped.flip(0), truth, atol=1e-5, rtol=1e-5)
+
+
 def test_an_idle_batch_has_an_empty_output() -> None:
     """What a rank without requests runs, between batches of others."""
     shape = SHAPES[0]

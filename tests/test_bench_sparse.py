@@ -91,8 +91,9 @@ def test_attention_beside_select_reads_what_select_writes(device: str) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_attention_over_lists_that_top_p_ends(device: str) -> None:
-    sparse, _, _ = steps(CASE, device=device)
+    sparse, _, table = steps(CASE, device=device)
     sparse.planner.options = replace(sparse.planner.options, top_p=0.6)
+    sparse.plan(table, CASE.lens(device, False))
     seen = set()
     for scale in (64, 1, 16):  # lists end early, at the whole budget, and in between
         sparse.q.normal_().mul_(scale)

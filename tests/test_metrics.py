@@ -172,18 +172,41 @@ def test_dense_layers_count_for_what_they_read(values) -> None:  # type: ignore[
     assert values()[3] == pytest.approx(read / 100)
 
 
+def plan_of_top_p(read: int, dense: int) -> Plan:
+    plan = plan_of(read, dense, 0)
+    plan.capacity, plan.selections, plan.selects_tiles = replace(plan.capacity, num_kv_heads=2), 3, True
+    return plan
+
+
 def test_pages_that_top_p_dropped_since_the_last_step_are_not_read(values) -> None:  # type: ignore[no-untyped-def]
-    metrics, plan = PlanMetrics(enabled=True), plan_of(40, 100, 0)
-    plan.capacity, plan.selections = replace(plan.capacity, num_kv_heads=2), 3
+    metrics, plan = PlanMetrics(enabled=True), plan_of_top_p(40, 100)
     before = values()
-    for dropped in (0, 60, 60, 72):  # of 2 heads and 3 layers, since the buffers were made
+    for dropped in (600, 660, 660, 672):  # of 2 heads and 3 layers; the first by what was not observed
         plan.counts[Count.PAGES_DROPPED] = dropped
         metrics.observe([(plan, 6), (plan_of(100, 100, 0), 2)])
     read = (6 * 40 + 2 * 100) / 8
     of_layers = 6 / 8 / (2 * 3)
     added = [after - start for after, start in zip(values()[:2], before[:2], strict=True)]
-    assert added == pytest.approx([4 * read - 72 * of_layers, 4 * (100 - read) + 72 * of_layers])
+    assert added == pytest.approx([3 * read - 72 * of_layers, 3 * (100 - read) + 72 * of_layers])
     assert values()[3] == pytest.approx((read - 12 * of_layers) / 100)
+
+
+def test_pages_that_a_long_step_dropped_are_not_taken_from_a_short_one(values) -> None:  # type: ignore[no-untyped-def]
+    metrics, plan = PlanMetrics(enabled=True), plan_of_top_p(read=60, dense=100)
+    before = values()
+    for dropped, read in ((0, 60), (6 * 50, 4), (6 * 50, 4)):
+        plan.counts[Count.PAGES_DROPPED], plan.counts[Count.PAGES_READ] = dropped, read
+        metrics.observe([(plan, 1)])
+    assert values()[0] - before[0] == (60 - 50) + 4
+
+
+def test_dropped_pages_are_counted_across_the_end_of_int32(values) -> None:  # type: ignore[no-untyped-def]
+    metrics, plan = PlanMetrics(enabled=True), plan_of_top_p(read=60, dense=100)
+    before = values()
+    for dropped in (2**31 - 2, -(2**31) + 4):
+        plan.counts[Count.PAGES_DROPPED] = dropped
+        metrics.observe([(plan, 1)])
+    assert values()[0] - before[0] == 60 - 6 / (2 * 3)
 
 
 @pytest.mark.gpu

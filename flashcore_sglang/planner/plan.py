@@ -152,7 +152,7 @@ class Capacity:
         return found + PLAN_CTAS * sums
 
 
-@dataclass
+@dataclass(eq=False)
 class Plan:
     """Buffers of one plan, all int32 on one device. Shapes stand beside ``struct Plan`` in csrc/params.h."""
 

@@ -54,7 +54,6 @@ class Topk(Planner):
     def plan_of(self, layer_id: int) -> Plan:
         if self._sparse and layer_id not in self.summaries.sparse:
             return self.dense_plan
-        self.plan.selects_tiles = self.options.top_p < 1
         return self.plan
 
     def selection_of(self, layer_id: int) -> ops.Selection | None:
@@ -81,6 +80,7 @@ class Topk(Planner):
     def _make(self, num_tokens: int, *, decode: bool, causal: bool, window_left: int) -> None:
         super()._make(num_tokens, decode=decode, causal=causal, window_left=window_left)
         self._sparse = decode and window_left < 0
+        self.plan.selects_tiles = self.options.top_p < 1
         if self._sparse and self.dense_plan is not self.plan:
             self.dense_plan.batch = self.plan.batch
             self._run_plan(self.dense_plan, Policy.EXACT, num_tokens, decode, causal, window_left, beside=True)
