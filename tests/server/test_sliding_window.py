@@ -74,3 +74,21 @@ def test_cached_prefix(servers: dict[str, Server], gemma_tolerance: float) -> No
     results = server.generate_all(random_prompts((1, 40, 90), 42, prefix), new_tokens=16, start=len(prefix))
     assert all(result.cached_tokens >= 384 for result in results)
     assert max(deviations(results, servers["torch_native"])) <= gemma_tolerance
+
+
+@pytest.fixture(scope="module")
+def wrapped(gemma: Path, logs: Path) -> Iterator[dict[str, Server]]:
+    """SGLang's wrapper around the model of Transformers keeps its layers where `modules()` does not look."""
+    flags = (*FLAGS, "--model-impl", "transformers")
+    servers = {backend: Server(gemma, backend, logs, *flags) for backend in ("torch_native", "flashcore_sparse")}
+    yield servers
+    for server in servers.values():
+        server.stop()
+
+
+def test_around_a_model_of_transformers(wrapped: dict[str, Server]) -> None:
+    tolerance = 2 * spread(wrapped["torch_native"])
+    for seed in (43, 44):
+        prompts = random_prompts((20, 99, 164, 300), seed)
+        results = wrapped["flashcore_sparse"].generate_all(prompts, new_tokens=32)
+        assert max(deviations(results, wrapped["torch_native"])) <= tolerance
