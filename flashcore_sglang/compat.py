@@ -29,7 +29,7 @@ def installed_version() -> str:
     except metadata.PackageNotFoundError:
         raise UnsupportedSGLangError(
             f"flashcore_sglang needs SGLang {OLDEST} to {NEWEST}, and none is installed: "
-            "pip install 'flashcore-sglang[sglang]'"
+            f"pip install 'sglang>={OLDEST},<={NEWEST}'"
         ) from None
 
 

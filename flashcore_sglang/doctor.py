@@ -19,9 +19,12 @@ from flashcore_sglang import compat, probes
 from flashcore_sglang.probes import Check, Status
 
 TORCH_OLDEST, TORCH_BELOW = "2.11", "2.16"
-OPS = ("page_table", "plan", "attend", "summarize", "select", "cublaslt_workspace", "cublaslt_plan", "build_info")
+OPS = (
+    *("page_table", "plan", "attend", "summarize", "store", "select", "select_attend"),
+    *("cublaslt_workspace", "cublaslt_plan", "build_info"),
+)
 ENTRY_POINTS = {"sglang.srt.plugins": "flashcore", "sglang.srt.platforms": "flashcore_cpu"}
-INSTALL = "pip install flashcore-sglang, or in a checkout pip install --no-build-isolation -e ."
+INSTALL = "in a checkout: pip install --no-build-isolation -e ."
 
 
 def diagnose() -> list[Check]:

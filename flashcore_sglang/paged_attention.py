@@ -227,8 +227,8 @@ class PagedAttention:
             ``out``, or ``(out, lse)``. A query that sees no key has out 0 and lse -inf.
 
         Raises:
-            RuntimeError: there is no plan yet.
-            ValueError: a tensor disagrees with the plan.
+            RuntimeError: there is no plan yet, or ``out``, ``lse`` or a stride does not fit it.
+            ValueError: q or a cache disagrees with the plan.
         """
         layout, settings = self._layout, self._settings
         if layout is None or settings is None:

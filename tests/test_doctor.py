@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from flashcore_sglang import compat, doctor, probes
+from flashcore_sglang import compat, doctor, ops, probes
 from flashcore_sglang.probes import Check
 
 ROOT = Path(__file__).parents[1]
@@ -76,7 +76,7 @@ def test_nothing_is_installed() -> None:
     assert checks["sglang"].fix == "pip install 'sglang>=0.5.17,<=0.5.23'"
     assert checks["config"].status == "fail"  # pydantic and PyYAML are missing, too
     assert "No module named" in checks["config"].detail
-    assert checks["config"].fix.startswith("pip install flashcore-sglang")
+    assert checks["config"].fix == "in a checkout: pip install --no-build-isolation -e ."
     assert checks["self-test"].status == "skip"
     assert checks["python"].status == "ok"
 
@@ -320,3 +320,7 @@ def test_healthy_machine() -> None:
         assert checks[name].status == "ok"
     read, dense = map(int, re.findall(r"\d+", checks["self-test cpu shared prefix"].detail))
     assert (read, dense) == (256 + 8, 8 * 257)
+
+
+def test_operators_that_a_stale_library_lacks_are_all_asked_for() -> None:
+    assert set(ops.NAMES) <= set(doctor.OPS)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from flashcore_sglang.config import ConfigError
-from flashcore_sglang.eval import runner, tasks
+from flashcore_sglang.eval import runner, server, tasks
 from flashcore_sglang.examples.retrieval_model import make_model, make_tokenizer, make_weights, vocabulary
 
 TOKENIZER = make_tokenizer()
@@ -77,6 +79,26 @@ def test_contenders() -> None:
         runner.contenders(["topk"], [512], [])
     with pytest.raises(ConfigError, match="no more than the sinks"):
         runner.contenders(["window"], [128], [])
+    with pytest.raises(ConfigError, match="summary_kind"):
+        runner.contenders(["topk"], [1024], ["median"])
+
+
+def test_a_server_has_what_the_user_has_set_but_for_what_is_compared(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    given: list[dict[str, str]] = []
+
+    @contextmanager
+    def launched(arguments: list[str], environment: dict[str, str], log: Path) -> Iterator[None]:
+        given.append(environment)
+        yield
+
+    monkeypatch.setattr(server, "launched", launched)
+    monkeypatch.setenv("FLASHCORE_REUSE_LAYERS", "2")
+    monkeypatch.setenv("FLASHCORE_POLICY", "exact")
+    with server.serve("model", {"FLASHCORE_POLICY": "topk"}, [], tmp_path / "log"):
+        pass
+    assert (given[0]["FLASHCORE_REUSE_LAYERS"], given[0]["FLASHCORE_POLICY"]) == ("2", "topk")
 
 
 def test_the_model_is_small_and_always_the_same(model: Path) -> None:

@@ -490,7 +490,7 @@ def test_random_requests_do_not_depend_on_the_batch(variant: str, data: st.DataO
 @pytest.mark.parametrize("variant", CUDA)
 @pytest.mark.parametrize("case", GATE, ids=lambda case: case.name)
 def test_a_whole_prefill_is_that_of_sdpa(case: PrefillCase, variant: str) -> None:
-    """What this project's predecessor was held to."""
+    """A gate: 2e-3 from PyTorch's SDPA."""
     reason = variants.unavailable(variants.BY_NAME[variant], gpu())
     if reason:
         pytest.skip(reason)

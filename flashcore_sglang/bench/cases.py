@@ -233,7 +233,7 @@ DECODE_SUITES: dict[str, list[DecodeCase]] = {
     "prompts": _prompts(),
 }
 
-# What this project's predecessor was held to, in speed and in its difference to PyTorch's SDPA.
+# Timed, and in scripts/bench/gpu_gate.py compared with PyTorch's SDPA as a whole.
 GATE = [PrefillCase(16, 2048, Heads(16, 16, 64), causal=causal, dtype=torch.float16) for causal in (False, True)]
 PREFILL_SUITES: dict[str, list[PrefillCase]] = {
     "quick": [

@@ -66,7 +66,8 @@ def contenders(policies: Iterable[str], budgets: Sequence[int], summaries: Seque
                 variables = {"FLASHCORE_POLICY": "window", "FLASHCORE_RECENT_TOKENS": str(recent)}
                 made.append(Contender(f"{results.OURS}:window", variables, (budget,)))
                 continue
-            config.load(policy="topk", budget_tokens=budget)
+            for chosen in [{"summary_kind": kind} for kind in summaries] or [{}]:
+                config.load(policy="topk", budget_tokens=budget, **chosen)
             variables = {"FLASHCORE_POLICY": "topk", "FLASHCORE_BUDGET_TOKENS": str(budget)}
             name = f"{results.OURS}:topk"
             for kind in summaries:

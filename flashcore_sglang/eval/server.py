@@ -96,7 +96,7 @@ def serve(model: Path | str, environment: dict[str, str], flags: list[str], log:
 
     Args:
         model: a folder or a name that SGLang can load.
-        environment: FLASHCORE_* variables; those of this process do not reach the server.
+        environment: FLASHCORE_* variables, which win over those of this process.
         flags: more flags of ``sglang.launch_server``.
         log: the file for its output.
     """
@@ -105,7 +105,7 @@ def serve(model: Path | str, environment: dict[str, str], flags: list[str], log:
     port = free_port()
     command = ["--model-path", str(model), "--attention-backend", BACKEND]
     command += ["--host", "127.0.0.1", "--port", str(port), "--enable-metrics"]
-    environ = {name: value for name, value in os.environ.items() if not name.startswith("FLASHCORE_")}
+    environ = dict(os.environ)
     if not torch.cuda.is_available():
         command += ["--device", "cpu"]
         environ |= {"SGLANG_PLATFORM": "flashcore_cpu", "TRITON_INTERPRET": "1"}

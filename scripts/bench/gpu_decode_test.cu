@@ -5,7 +5,7 @@
 //        csrc/plan/plan_cpu.cpp -o gpu_decode_test
 // Run: gpu_decode_test check [filter] [--repeat N] [--random N]
 //      gpu_decode_test time [filter] [--ctas N]... [--rows N]
-//      gpu_decode_test sharing [--pack KEYS]
+//      gpu_decode_test sharing [--pack KEYS] [--ctas N]
 // Cases: gpu_decode_cases.h; a case on the device: gpu_decode_problem.cuh.
 // Steps that two kernels can run are checked and timed with both: `cluster` and `few`, `few` and `many`; `either` is
 // two launches, of which the plan decides.

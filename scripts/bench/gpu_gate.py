@@ -1,4 +1,4 @@
-"""The correctness gate of this project's predecessor: the whole output of prefill beside PyTorch's SDPA, in fp16.
+"""A correctness gate: the whole output of prefill beside PyTorch's SDPA, in fp16.
 
 python scripts/bench/gpu_gate.py --json scripts/bench/results/gate.json
 """
