@@ -12,6 +12,7 @@ from typing import Any
 
 OLDEST = "0.5.17"
 NEWEST = "0.5.23"
+INSTALL = f"pip install 'sglang>={OLDEST},<={NEWEST}'"
 
 
 class UnsupportedSGLangError(RuntimeError):
@@ -28,8 +29,7 @@ def installed_version() -> str:
         return metadata.version("sglang")
     except metadata.PackageNotFoundError:
         raise UnsupportedSGLangError(
-            f"flashcore_sglang needs SGLang {OLDEST} to {NEWEST}, and none is installed: "
-            f"pip install 'sglang>={OLDEST},<={NEWEST}'"
+            f"flashcore_sglang needs SGLang {OLDEST} to {NEWEST}, and none is installed: {INSTALL}"
         ) from None
 
 
@@ -53,7 +53,7 @@ def unsupported(version: str) -> UnsupportedSGLangError:
     """The error for an SGLang outside the range."""
     return UnsupportedSGLangError(
         f"flashcore_sglang supports SGLang {OLDEST} to {NEWEST}, found {version}: "
-        f"pip install 'sglang>={OLDEST},<={NEWEST}', or serve without --attention-backend flashcore_sparse"
+        f"{INSTALL}, or serve without --attention-backend flashcore_sparse"
     )
 
 

@@ -20,8 +20,16 @@ from flashcore_sglang.probes import Check, Status
 
 TORCH_OLDEST, TORCH_BELOW = "2.11", "2.16"
 OPS = (
-    *("page_table", "plan", "attend", "summarize", "store", "select", "select_attend"),
-    *("cublaslt_workspace", "cublaslt_plan", "build_info"),
+    "page_table",
+    "plan",
+    "attend",
+    "summarize",
+    "store",
+    "select",
+    "select_attend",
+    "cublaslt_workspace",
+    "cublaslt_plan",
+    "build_info",
 )
 ENTRY_POINTS = {"sglang.srt.plugins": "flashcore", "sglang.srt.platforms": "flashcore_cpu"}
 INSTALL = "in a checkout: pip install --no-build-isolation -e ."
@@ -127,7 +135,7 @@ def variants() -> Iterator[Check]:
 
 def sglang() -> Iterator[Check]:
     """SGLang is there and inside the supported range."""
-    wanted = f"pip install 'sglang>={compat.OLDEST},<={compat.NEWEST}'"
+    wanted = compat.INSTALL
     try:
         version = compat.installed_version()
     except compat.UnsupportedSGLangError:

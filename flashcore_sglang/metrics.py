@@ -37,11 +37,12 @@ class _Copy:
 
 @dataclass
 class _Step:
-    """What one step of decode reads: means over the layers."""
+    """What one step of decode reads: means over the layers; and PAGES_DROPPED of each plan before it."""
 
     read: float
     dense: float
     packed: float
+    dropped: list[int]
 
 
 class PlanMetrics:
@@ -66,7 +67,6 @@ class PlanMetrics:
         self._metrics = _metrics() if enabled else None
         self._pending: deque[_Copy] = deque()
         self._free: list[_Copy] = []
-        self._dropped: WeakKeyDictionary[Plan, int] = WeakKeyDictionary()  # PAGES_DROPPED as last seen
         self._open: WeakKeyDictionary[Plan, _Step] = WeakKeyDictionary()  # steps of which top-p leaves out more
 
     def observe(self, layer_plans: Sequence[tuple[Plan, int]]) -> None:
@@ -111,11 +111,11 @@ class PlanMetrics:
         def mean(values: Iterable[float]) -> float:
             return sum(value * n for value, n in zip(values, layers, strict=True)) / sum(layers)
 
-        dropped = mean(self._newly_dropped(plan, of_plan) for (plan, _), of_plan in zip(plans, counts, strict=True))
         step = _Step(
             read=mean(of_plan[Count.PAGES_READ] for of_plan in counts),
             dense=mean(of_plan[Count.PAGES_DENSE] for of_plan in counts),
             packed=mean(of_plan[Count.ROWS_PACKED] for of_plan in counts),
+            dropped=[of_plan[Count.PAGES_DROPPED] for of_plan in counts],
         )
         chooses = next((plan for plan, _ in plans if plan.selects_tiles), None)
         if chooses is None:
@@ -123,8 +123,11 @@ class PlanMetrics:
             return
         before = self._open.get(chooses)
         self._open[chooses] = step
-        if before is not None:  # else it was dropped while graphs were captured, which no step has counted
-            before.read -= dropped
+        if before is not None:
+            before.read -= mean(
+                _newly_dropped(plan, *seen)
+                for (plan, _), *seen in zip(plans, before.dropped, step.dropped, strict=True)
+            )
             self._publish(before)
 
     def _publish(self, step: _Step) -> None:
@@ -135,12 +138,11 @@ class PlanMetrics:
         if step.dense:
             self._metrics.kv_read_ratio.set(step.read / step.dense)
 
-    def _newly_dropped(self, plan: Plan, counts: list[int]) -> float:
-        """Pages that one KV head of one layer has not read since the plan's counts were last seen."""
-        now = counts[Count.PAGES_DROPPED]
-        new = (now - self._dropped.get(plan, 0)) % 2**32  # an int32 that is never reset goes round
-        self._dropped[plan] = now
-        return new / (plan.selections * plan.capacity.num_kv_heads) if new else 0.0
+
+def _newly_dropped(plan: Plan, before: int, now: int) -> float:
+    """Pages that one KV head of one layer has left out between two values of PAGES_DROPPED."""
+    new = (now - before) % 2**32  # an int32 that is never reset goes round
+    return new / (plan.selections * plan.capacity.num_kv_heads) if new else 0.0
 
 
 @cache

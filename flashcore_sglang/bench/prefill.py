@@ -17,7 +17,7 @@ from .timing import Method, Time, measure_all
 
 _CHECKED = 256  # query tokens compared with fp64
 _COPY_TB_S = 4.2  # read and written by a device-to-device copy on an H200
-_PER_HEAD = PrefillCase(16, 4096, Heads(96, 96), causal=False, dtype=torch.float16)  # told by the head, too
+_PER_HEAD = PrefillCase(16, 4096, Heads(96, 96), causal=False, dtype=torch.float16)  # reported in us a head, too
 _MAX_REPEATS_US = 4e5  # of device time spent on one cell
 
 

@@ -53,6 +53,7 @@ def contenders(policies: Iterable[str], budgets: Sequence[int], summaries: Seque
     Raises:
         ConfigError: a budget that does not go with the sinks and recent pages, or an unknown summary.
     """
+    kinds: Sequence[str | None] = summaries or [None]  # None: as configured
     made = []
     for policy in policies:
         if policy == "exact":
@@ -66,13 +67,14 @@ def contenders(policies: Iterable[str], budgets: Sequence[int], summaries: Seque
                 variables = {"FLASHCORE_POLICY": "window", "FLASHCORE_RECENT_TOKENS": str(recent)}
                 made.append(Contender(f"{results.OURS}:window", variables, (budget,)))
                 continue
-            for chosen in [{"summary_kind": kind} for kind in summaries] or [{}]:
-                config.load(policy="topk", budget_tokens=budget, **chosen)
-            variables = {"FLASHCORE_POLICY": "topk", "FLASHCORE_BUDGET_TOKENS": str(budget)}
-            name = f"{results.OURS}:topk"
-            for kind in summaries:
-                made.append(Contender(f"{name}:{kind}", {**variables, "FLASHCORE_SUMMARY_KIND": kind}, (budget,)))
-            if not summaries:
+            for kind in kinds:
+                name = f"{results.OURS}:topk"
+                fields: dict[str, str | int] = {"policy": "topk", "budget_tokens": budget}
+                if kind is not None:
+                    name += f":{kind}"
+                    fields["summary_kind"] = kind
+                config.load(**fields)
+                variables = {config.PREFIX + field.upper(): str(value) for field, value in fields.items()}
                 made.append(Contender(name, variables, (budget,)))
     return made
 
