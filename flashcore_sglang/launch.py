@@ -33,6 +33,15 @@ def free_port() -> int:
     raise AssertionError("unreachable: the ports have no end")
 
 
+def listen_on(port: int) -> list[str]:
+    """Flags for a server that this machine alone reaches, at ``port``.
+
+    They name the port of its process group, too: SGLang 0.5.17 draws one from those that systems hand out and binds it
+    seconds later, when it may have been handed out again.
+    """
+    return ["--host", "127.0.0.1", "--port", str(port), "--nccl-port", str(free_port())]
+
+
 @contextmanager
 def launched(
     flags: Sequence[str], environment: Mapping[str, str], log: Path, grace_s: float = 0.0, module: str = MODULE

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from flashcore_sglang.launch import free_port, launched
+from flashcore_sglang.launch import free_port, launched, listen_on
 
 
 @pytest.mark.parametrize("grace_s", [0.0, 5.0])
@@ -56,6 +56,14 @@ def test_servers_that_start_together_get_ports_of_their_own() -> None:
     assert ports == sorted(set(ports))
     assert ports[-1] < 32768
     assert ports[-1] - ports[0] < 100, ports
+
+
+def test_no_port_of_a_server_is_one_that_the_system_hands_out() -> None:
+    """SGLang 0.5.17 draws that of the process group from these: when it came to bind it, another had it."""
+    flags = listen_on(free_port()) + listen_on(free_port())
+    ports = [int(flag) for flag in flags if flag.isdigit()]
+    assert len(set(ports)) == 4, flags
+    assert max(ports) < 32768, flags
 
 
 def test_a_port_in_use_is_passed_over() -> None:

@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..launch import launched
+from ..launch import launched, listen_on
 from ..plugin import BACKEND
 from .results import OURS, Results
 
@@ -153,8 +153,7 @@ class Backend:
 @contextmanager
 def server(model: str, backend: Backend, port: int, max_running: int, log: Path, flags: list[str]) -> Iterator[None]:
     """A server that is up inside the block and gone after it, with every process it started."""
-    command = ["--model", model, "--load-format", "dummy"]
-    command += ["--attention-backend", backend.flag, "--host", "127.0.0.1", "--port", str(port)]
+    command = ["--model", model, "--load-format", "dummy", "--attention-backend", backend.flag, *listen_on(port)]
     command += ["--mem-fraction-static", "0.88", "--cuda-graph-backend-prefill", "disabled"]
     command += ["--cuda-graph-max-bs", str(max_running), "--max-running-requests", str(max_running), *flags]
     try:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from flashcore_sglang.launch import free_port, launched
+from flashcore_sglang.launch import free_port, launched, listen_on
 from flashcore_sglang.plugin import BACKEND
 
 START_LIMIT_S = 600
@@ -103,8 +103,7 @@ def serve(model: Path | str, environment: dict[str, str], flags: list[str], log:
     import torch
 
     port = free_port()
-    command = ["--model-path", str(model), "--attention-backend", BACKEND]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--enable-metrics"]
+    command = ["--model-path", str(model), "--attention-backend", BACKEND, *listen_on(port), "--enable-metrics"]
     environ = dict(os.environ)
     if not torch.cuda.is_available():
         command += ["--device", "cpu"]

@@ -21,7 +21,7 @@ from typing import Any
 import requests
 from server import processes
 
-from flashcore_sglang.launch import free_port
+from flashcore_sglang.launch import free_port, listen_on
 
 START_SECONDS = 600  # on a busy machine
 REQUEST_SECONDS = 300
@@ -67,7 +67,7 @@ class Server:
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = folder / f"{backend}-{self.port}.log"
         arguments = ["--model-path", str(model), "--device", device, "--attention-backend", backend]
-        arguments += ["--host", "127.0.0.1", "--port", str(self.port), "--skip-server-warmup", "--sleep-on-idle"]
+        arguments += [*listen_on(self.port), "--skip-server-warmup", "--sleep-on-idle"]
         environ = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         environ |= {"SGLANG_DEBUG_MEMORY_POOL": "1", **(CPU_ENVIRONMENT if device == "cpu" else GPU_ENVIRONMENT)}
         own = environment or {}
