@@ -137,6 +137,11 @@ class HybridLinearKVPool(MHATokenToKVPool):
     pass
 
 
+class MasksImages:
+    def prepare_attn_masks(self) -> None:
+        """As SGLang's Gemma 3 and 4."""
+
+
 def make_pool(kind: type = MHATokenToKVPool, **changes: Any) -> Any:
     usual = {"kv_cache_layout": "nhd", "dtype": torch.bfloat16, "head_dim": 128, "v_head_dim": 128, "page_size": 64}
     return kind(**usual | changes)
@@ -155,14 +160,19 @@ def make_server(
     dtype: torch.dtype | None = None,
     mla: bool = False,
     encoder_decoder: bool = False,
+    model: Any = None,
+    multimodal: bool = False,
     **args: Any,
 ) -> refusals.Server:
-    model = SimpleNamespace(is_encoder_decoder=encoder_decoder, hf_config=hf_config or SimpleNamespace())
+    model_config = SimpleNamespace(
+        is_encoder_decoder=encoder_decoder, is_multimodal=multimodal, hf_config=hf_config or SimpleNamespace()
+    )
     runner = SimpleNamespace(
+        model=model,
         device=device,
         dtype=dtype or (pool or make_pool()).dtype,
         use_mla_backend=mla,
-        model_config=model,
+        model_config=model_config,
         token_to_kv_pool_allocator=allocator or PagedTokenToKVPoolAllocator(),
     )
     settings = config.Config(policy=policy, variant=variant, deterministic=deterministic)
@@ -198,6 +208,12 @@ class Refused:
 SERVERS = (
     Refused("mla", lambda: make_server(mla=True), "MLA attention", "serve without --attention-backend"),
     Refused("encoder", lambda: make_server(encoder_decoder=True), "encoder-decoder", "--attention-backend fa3"),
+    Refused(
+        "image-masks",
+        lambda: make_server(model=MasksImages(), multimodal=True),
+        "images whose tokens see each other",
+        "no --enable-multimodal, or --attention-backend triton",
+    ),
     Refused("eagle", lambda: make_server(speculative_algorithm="EAGLE"), "(EAGLE)", "no --speculative-algorithm"),
     Refused("dllm", lambda: make_server(dllm_algorithm="LLaDA"), "diffusion", "no --dllm-algorithm"),
     Refused(
@@ -321,6 +337,11 @@ def test_every_argument_that_a_rule_reads_is_one_of_sglangs() -> None:
     assert asked <= set(arguments.__annotations__)
 
 
+def test_the_method_that_tells_models_with_image_masks_is_sglangs() -> None:
+    models = pytest.importorskip("sglang.srt.models.gemma3_mm")
+    assert hasattr(models.Gemma3ForConditionalGeneration, "prepare_attn_masks")
+
+
 @pytest.mark.parametrize("case", LAYERS, ids=lambda case: case.name)
 def test_layer_is_refused(case: Refused) -> None:
     with pytest.raises(refusals.UnsupportedFeatureError) as refusal:
@@ -335,10 +356,12 @@ def test_layer_is_refused(case: Refused) -> None:
         make_server(),
         make_server(policy="topk", disaggregation_mode="null", pool=make_pool(page_size=16)),
         make_server(enable_hierarchical_cache=True, disaggregation_mode="prefill", enable_two_batch_overlap=True),
+        make_server(model=MasksImages(), multimodal=False),
+        make_server(model=SimpleNamespace(), multimodal=True),
         make_server(backends=("fa3", plugin.BACKEND), pool=make_pool(dtype=torch.float16, page_size=1)),
         make_server(pool=make_pool(page_size=5), allocator=PagedTokenToKVPoolAllocator(use_triton_kernels=False)),
     ],
-    ids=["plain", "topk", "exact-under-all", "split", "page-5"],
+    ids=["plain", "topk", "exact-under-all", "image-masks-text-only", "images", "split", "page-5"],
 )
 def test_server_is_served(server: refusals.Server) -> None:
     refusals.check_server(server)
