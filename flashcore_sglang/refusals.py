@@ -173,6 +173,12 @@ TOPK_RULES = (
     Rule("policy topk with HiCache", lambda s: s.arg("enable_hierarchical_cache"), _EXACT),
     Rule("policy topk with LMCache", lambda s: s.arg("enable_lmcache"), _EXACT),
     Rule("policy topk with FlexKV", lambda s: s.arg("enable_flexkv"), _EXACT),
+    Rule("policy topk with an external KV store", lambda s: s.arg("enable_unified_cache_external_linker"), _EXACT),
+    Rule(
+        "policy topk with another radix cache, which may bring pages from elsewhere:",
+        lambda s: s.arg("radix_cache_backend"),
+        f"no --radix-cache-backend, or {_EXACT}",
+    ),
     Rule(
         "policy topk with PD disaggregation",
         lambda s: s.arg("disaggregation_mode", "null") != "null" and s.arg("disaggregation_mode"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from types import SimpleNamespace
 from typing import Any
 
@@ -286,6 +287,18 @@ SERVERS = (
     ),
     Refused("topk-flexkv", lambda: make_server(policy="topk", enable_flexkv=True), "FlexKV", "FLASHCORE_POLICY=exact"),
     Refused(
+        "topk-linker",
+        lambda: make_server(policy="topk", enable_unified_cache_external_linker=True),
+        "external KV store",
+        "FLASHCORE_POLICY=exact",
+    ),
+    Refused(
+        "topk-radix-backend",
+        lambda: make_server(policy="topk", radix_cache_backend="flexkv"),
+        "from elsewhere: flexkv",
+        "no --radix-cache-backend",
+    ),
+    Refused(
         "topk-pd",
         lambda: make_server(policy="topk", disaggregation_mode="decode"),
         "PD disaggregation (decode)",
@@ -334,7 +347,8 @@ def test_every_argument_that_a_rule_reads_is_one_of_sglangs() -> None:
     for rule in refusals.SERVER_RULES + refusals.TOPK_RULES:
         rule.found(server)
     assert {"speculative_algorithm", "enable_mixed_chunk", "disaggregation_mode"} <= asked
-    assert asked <= set(arguments.__annotations__)
+    later = {"enable_unified_cache_external_linker"} if version("sglang").startswith("0.5.17") else set()
+    assert asked - set(arguments.__annotations__) == later
 
 
 def test_the_method_that_tells_models_with_image_masks_is_sglangs() -> None:
