@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from make_model import SHAPES, make_tokenizer, special_ids
 from server.harness import Server, deviations, random_prompts, spread
+from server.random_models import make_random_model
 
 pytestmark = pytest.mark.server
 
@@ -17,32 +17,17 @@ FLAGS = ("--dtype", "float32", "--max-total-tokens", "20032", "--disable-hybrid-
 
 @pytest.fixture(scope="module")
 def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("gemma")
-    vocabulary = SHAPES["small"].vocab_size
-    ids = special_ids(vocabulary)
-    config = Gemma2Config(
-        vocab_size=vocabulary,
+    return make_random_model(
+        tmp_path_factory.mktemp("gemma"),
+        "gemma2",
         hidden_size=256,
-        intermediate_size=512,
         num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        head_dim=64,
         hidden_act="gelu_pytorch_tanh",
         query_pre_attn_scalar=64,
         sliding_window=WINDOW,
         attn_logit_softcapping=0.0,  # torch_native ignores it
         final_logit_softcapping=None,
-        initializer_range=0.05,
-        bos_token_id=ids["<s>"],
-        eos_token_id=ids["</s>"],
-        pad_token_id=ids["<pad>"],
     )
-    Gemma2ForCausalLM(config).save_pretrained(folder)
-    PreTrainedTokenizerFast(tokenizer_object=make_tokenizer(vocabulary)).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
