@@ -33,13 +33,16 @@ def free_port() -> int:
     raise AssertionError("unreachable: the ports have no end")
 
 
-def listen_on(port: int) -> list[str]:
-    """Flags for a server that this machine alone reaches, at ``port``.
+def listen_on(port: int, flags: Sequence[str]) -> list[str]:
+    """Flags for a server that this machine alone reaches, at ``port``, and that gets ``flags`` besides.
 
     They name the port of its process group, too: SGLang 0.5.17 draws one from those that systems hand out and binds it
-    seconds later, when it may have been handed out again.
+    seconds later, when it may have been handed out again. Not with data parallelism, which has a group for each part.
     """
-    return ["--host", "127.0.0.1", "--port", str(port), "--nccl-port", str(free_port())]
+    address = ["--host", "127.0.0.1", "--port", str(port)]
+    if any(flag.startswith(("--dp", "--data-parallel")) for flag in flags):
+        return address
+    return [*address, "--nccl-port", str(free_port())]
 
 
 @contextmanager

@@ -60,10 +60,15 @@ def test_servers_that_start_together_get_ports_of_their_own() -> None:
 
 def test_no_port_of_a_server_is_one_that_the_system_hands_out() -> None:
     """SGLang 0.5.17 draws that of the process group from these: when it came to bind it, another had it."""
-    flags = listen_on(free_port()) + listen_on(free_port())
+    flags = listen_on(free_port(), []) + listen_on(free_port(), ["--tp-size", "2"])
     ports = [int(flag) for flag in flags if flag.isdigit()]
     assert len(set(ports)) == 4, flags
     assert max(ports) < 32768, flags
+
+
+@pytest.mark.parametrize("flag", ["--dp-size", "--dp", "--data-parallel-size=2"])
+def test_groups_of_data_parallelism_draw_ports_of_their_own(flag: str) -> None:
+    assert "--nccl-port" not in listen_on(free_port(), [flag, "2"])
 
 
 def test_a_port_in_use_is_passed_over() -> None:

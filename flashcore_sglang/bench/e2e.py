@@ -153,7 +153,8 @@ class Backend:
 @contextmanager
 def server(model: str, backend: Backend, port: int, max_running: int, log: Path, flags: list[str]) -> Iterator[None]:
     """A server that is up inside the block and gone after it, with every process it started."""
-    command = ["--model", model, "--load-format", "dummy", "--attention-backend", backend.flag, *listen_on(port)]
+    command = ["--model", model, "--load-format", "dummy", "--attention-backend", backend.flag]
+    command += listen_on(port, flags)
     command += ["--mem-fraction-static", "0.88", "--cuda-graph-backend-prefill", "disabled"]
     command += ["--cuda-graph-max-bs", str(max_running), "--max-running-requests", str(max_running), *flags]
     try:

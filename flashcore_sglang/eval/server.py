@@ -103,7 +103,8 @@ def serve(model: Path | str, environment: dict[str, str], flags: list[str], log:
     import torch
 
     port = free_port()
-    command = ["--model-path", str(model), "--attention-backend", BACKEND, *listen_on(port), "--enable-metrics"]
+    command = ["--model-path", str(model), "--attention-backend", BACKEND, "--enable-metrics"]
+    command += listen_on(port, flags)
     environ = dict(os.environ)
     if not torch.cuda.is_available():
         command += ["--device", "cpu"]

@@ -67,7 +67,7 @@ class Server:
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = folder / f"{backend}-{self.port}.log"
         arguments = ["--model-path", str(model), "--device", device, "--attention-backend", backend]
-        arguments += [*listen_on(self.port), "--skip-server-warmup", "--sleep-on-idle"]
+        arguments += [*listen_on(self.port, flags), "--skip-server-warmup", "--sleep-on-idle"]
         environ = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         environ |= {"SGLANG_DEBUG_MEMORY_POOL": "1", **(CPU_ENVIRONMENT if device == "cpu" else GPU_ENVIRONMENT)}
         own = environment or {}
