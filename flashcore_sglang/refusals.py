@@ -80,7 +80,7 @@ _EXACT = "FLASHCORE_POLICY=exact (or window)"
 SERVER_RULES = (
     Rule("MLA attention", lambda s: s.runner.use_mla_backend, "serve without --attention-backend"),
     Rule("encoder-decoder models", lambda s: s.runner.model_config.is_encoder_decoder, OTHER_BACKEND),
-    # Models that have it make a mask for SGLang's triton backend; under any other they attend causally and say nothing.
+    # Models with that method make a mask for the triton backend. Under any other they attend causally and say nothing.
     Rule(
         "images whose tokens see each other (Gemma 3)",
         lambda s: s.runner.model_config.is_multimodal and hasattr(s.runner.model, "prepare_attn_masks"),
