@@ -11,9 +11,9 @@ import os
 import random
 import signal
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -142,6 +142,26 @@ class Server:
                 self._ready = requests.get(self.url + "/health", timeout=20).ok
             except requests.RequestException:
                 time.sleep(0.5)
+
+
+@contextmanager
+def beside_torch_native(
+    model: Path, logs: Path, *flags: str, own_flags: Sequence[str] = ()
+) -> Iterator[dict[str, Server]]:
+    """Servers of torch_native and of ours, by their backends, around one model that may have sliding windows.
+
+    ``own_flags`` are for ours alone. Both end with the block.
+    """
+    both = ("--dtype", "float32", "--max-total-tokens", "20032", "--disable-hybrid-swa-memory", *flags)
+    servers = {
+        "torch_native": Server(model, "torch_native", logs, *both),
+        "flashcore_sparse": Server(model, "flashcore_sparse", logs, *both, *own_flags),
+    }
+    try:
+        yield servers
+    finally:
+        for server in servers.values():
+            server.stop()
 
 
 def deviations(results: Iterable[Result], reference: Server) -> list[float]:

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from server.harness import Server, deviations, random_prompts, spread
+from server.harness import Server, beside_torch_native, deviations, random_prompts, spread
 from server.random_models import make_random_model
 
 pytestmark = pytest.mark.server
 
-FLAGS = ("--dtype", "float32", "--max-total-tokens", "20032", "--disable-hybrid-swa-memory")
 WINDOW = 100  # no multiple of a page
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
 
@@ -43,13 +42,8 @@ def servers(
     folder = make_random_model(
         tmp_path_factory.mktemp(architecture.model_type), architecture.model_type, **architecture.changes
     )
-    servers = {
-        "torch_native": Server(folder, "torch_native", logs, *FLAGS),
-        "flashcore_sparse": Server(folder, "flashcore_sparse", logs, *FLAGS, "--chunked-prefill-size", "128"),
-    }
-    yield servers
-    for server in servers.values():
-        server.stop()
+    with beside_torch_native(folder, logs, own_flags=("--chunked-prefill-size", "128")) as servers:
+        yield servers
 
 
 def test_streams_over_a_cached_prefix(servers: dict[str, Server]) -> None:

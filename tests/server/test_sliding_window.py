@@ -6,13 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from server.harness import Server, deviations, random_prompts, spread
+from server.harness import Server, beside_torch_native, deviations, random_prompts, spread
 from server.random_models import make_random_model
 
 pytestmark = pytest.mark.server
 
 WINDOW = 100  # keys that a query sees, itself included: no multiple of a page
-FLAGS = ("--dtype", "float32", "--max-total-tokens", "20032", "--disable-hybrid-swa-memory")
 
 
 @pytest.fixture(scope="module")
@@ -32,13 +31,8 @@ def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def servers(gemma: Path, logs: Path) -> Iterator[dict[str, Server]]:
-    servers = {
-        "torch_native": Server(gemma, "torch_native", logs, *FLAGS),
-        "flashcore_sparse": Server(gemma, "flashcore_sparse", logs, *FLAGS, "--chunked-prefill-size", "128"),
-    }
-    yield servers
-    for server in servers.values():
-        server.stop()
+    with beside_torch_native(gemma, logs, own_flags=("--chunked-prefill-size", "128")) as servers:
+        yield servers
 
 
 @pytest.fixture(scope="module")
@@ -64,11 +58,8 @@ def test_cached_prefix(servers: dict[str, Server], gemma_tolerance: float) -> No
 @pytest.fixture(scope="module")
 def wrapped(gemma: Path, logs: Path) -> Iterator[dict[str, Server]]:
     """SGLang's wrapper around the model of Transformers keeps its layers where `modules()` does not look."""
-    flags = (*FLAGS, "--model-impl", "transformers")
-    servers = {backend: Server(gemma, backend, logs, *flags) for backend in ("torch_native", "flashcore_sparse")}
-    yield servers
-    for server in servers.values():
-        server.stop()
+    with beside_torch_native(gemma, logs, "--model-impl", "transformers") as servers:
+        yield servers
 
 
 def test_around_a_model_of_transformers(wrapped: dict[str, Server]) -> None:
